@@ -1,0 +1,12 @@
+#!/bin/sh
+# Runs a command in a network and mount namespace of its own: links, firewall, sysfs and `ip netns` names that it
+# leaves behind vanish with it. Never touches the namespace it is called from.
+# usage: scripts/in-netns.sh COMMAND [ARG...]
+exec unshare --net --mount --propagation private sh -c '
+  mkdir -p /run/netns /run/kvm-ib &&
+  mount -t sysfs sysfs /sys &&
+  mount -t tmpfs tmpfs /run/netns &&
+  mount -t tmpfs tmpfs /run/kvm-ib &&
+  ip link set lo up &&
+  KVM_IB_TEST_NETNS=1 exec "$@"
+' in-netns "$@"

@@ -1,0 +1,10 @@
+/** Guards for tests that change a kernel: they run only in the namespace that scripts/in-netns.sh made. */
+import { readlinkSync } from 'node:fs';
+
+/** @throws when this process is not in a throw-away network namespace. Call it first in every test under test/kernel. */
+export function requireOwnNetns(): void {
+  const own = readlinkSync('/proc/self/ns/net');
+  if (process.env['KVM_IB_TEST_NETNS'] !== '1' || own === readlinkSync('/proc/1/ns/net')) {
+    throw new Error('Run kernel tests by `npm test` or `scripts/in-netns.sh npx vitest run --project kernel`');
+  }
+}

@@ -4,6 +4,7 @@
  */
 import type { Ipv4, Mac } from '../core/address.ts';
 import type { Network } from '../core/mapping.ts';
+import type { Elements } from '../core/plan.ts';
 
 /** One mapping as the packet path knows it. */
 export interface Pair {
@@ -42,18 +43,12 @@ export interface TableSpec {
   readonly hostAddresses: ReadonlyMap<string, readonly Ipv4[]>;
 }
 
+/** Elements to delete and to add in one transaction; what is deleted must be in the kernel, what is added may be. */
 export interface PairChange {
-  /** Removed by key: what is not there any more must not be listed here (a missing key fails the transaction). */
-  readonly remove: ObservedKeys;
-  readonly add: readonly Pair[];
-}
-
-/** Exactly the elements to delete; each must be in the kernel. */
-export interface ObservedKeys {
-  readonly guestToIb: readonly Ipv4[];
-  readonly ibToGuest: readonly Ipv4[];
-  readonly macs: readonly { readonly guest: Ipv4; readonly mac: Mac }[];
-  readonly unbound: readonly Ipv4[];
+  readonly remove: Elements;
+  readonly add: Elements;
+  /** Advisory comments by guest address, for added `guestToIb` elements; of `[A-Za-z0-9 ._:-]` only, at most 100 characters. */
+  readonly comments: Readonly<Record<string, string>>;
 }
 
 export interface NatCapabilities {

@@ -1,0 +1,120 @@
+/**
+ * What a host should have, as files: one JSON file per owner. Pure: shapes and the decision what an interrupted or
+ * stale file means; `host/store.ts` reads and writes them.
+ */
+import * as v from 'valibot';
+import type { Ipv4, LinkName, Mac } from './address.ts';
+import { tryParseIpv4, tryParseLinkName, tryParseMac } from './address.ts';
+import type { Mapping, Owner } from './mapping.ts';
+
+export const STATE_VERSION = 1;
+
+/** The process that works on a pending file; pid alone is not an identity, pids are used again. */
+export interface Holder {
+  readonly pid: number;
+  /** Start time of the process in clock ticks since boot: /proc/PID/stat field 22, see proc(5). */
+  readonly start: number;
+  /** /proc/sys/kernel/random/boot_id. */
+  readonly bootId: string;
+}
+
+/**
+ * pending: the wish is written, the kernel may lag, and whether it stays is not decided before `holder` ends.
+ * removing: it is to go; the file is deleted last.
+ */
+export type Phase =
+  | { readonly name: 'pending'; readonly action: string; readonly holder: Holder }
+  | { readonly name: 'active' }
+  | { readonly name: 'removing' };
+
+export interface StateFile {
+  readonly version: typeof STATE_VERSION;
+  readonly owner: Owner;
+  readonly phase: Phase;
+  /** The wish. */
+  readonly mappings: readonly Mapping[];
+  /** While pending: what the owner had before, to go back to. While removing: what is to go. */
+  readonly previous: readonly Mapping[];
+  /** ISO 8601, UTC. */
+  readonly updated: string;
+}
+
+/** Every mapping that a file may still have in the kernel. */
+export function mappingsOf(file: StateFile | undefined): readonly Mapping[] {
+  if (file === undefined) return [];
+  const extra = file.previous.filter(
+    (old) => !file.mappings.some((m) => m.guest === old.guest && m.address === old.address),
+  );
+  return [...file.mappings, ...extra];
+}
+
+const ipv4 = v.custom<Ipv4>((value) => typeof value === 'string' && tryParseIpv4(value) !== undefined);
+const mac = v.custom<Mac>((value) => typeof value === 'string' && tryParseMac(value) === value);
+const linkName = v.custom<LinkName>((value) => typeof value === 'string' && tryParseLinkName(value) !== undefined);
+const id = v.pipe(v.number(), v.integer(), v.minValue(0));
+const mappingSchema = v.object({
+  network: v.string(),
+  device: linkName,
+  bridge: linkName,
+  guest: ipv4,
+  address: ipv4,
+  mac: v.nullable(mac),
+  vm: v.nullable(id),
+  nic: v.nullable(id),
+  label: v.pipe(v.string(), v.regex(/^[A-Za-z0-9._:-]{1,15}$/)),
+});
+const stateSchema = v.object({
+  version: v.literal(STATE_VERSION),
+  owner: v.variant('kind', [
+    v.object({ kind: v.literal('vm'), vm: id }),
+    v.object({ kind: v.literal('manual'), guest: ipv4 }),
+    v.object({ kind: v.literal('static'), guest: ipv4 }),
+  ]),
+  phase: v.variant('name', [
+    v.object({
+      name: v.literal('pending'),
+      action: v.string(),
+      holder: v.object({ pid: id, start: v.number(), bootId: v.string() }),
+    }),
+    v.object({ name: v.literal('active') }),
+    v.object({ name: v.literal('removing') }),
+  ]),
+  mappings: v.array(mappingSchema),
+  previous: v.array(mappingSchema),
+  updated: v.string(),
+});
+
+/** A state file out of its JSON text; undefined when it is not one (cut off, edited, of another version). */
+export function parseStateFile(text: string): StateFile | undefined {
+  let raw: unknown;
+  try {
+    raw = JSON.parse(text);
+  } catch {
+    return undefined;
+  }
+  const result = v.safeParse(stateSchema, raw);
+  return result.success ? result.output : undefined;
+}
+
+/** What reconcile is to do with one file. */
+export type Verdict =
+  /** Make the kernel hold the wish, and the file active. */
+  | 'keep'
+  /** Take everything of it out of the kernel, then delete the file. */
+  | 'release'
+  /** An action is still at work on it, or nobody can know: touch neither kernel nor file. */
+  | 'leave';
+
+/**
+ * Decides what an owner's file means now.
+ * @param holderAlive whether the process of a pending file still lives
+ * @param domainActive whether the VM's domain is among libvirt's active ones (paused counts); undefined: libvirt did
+ *   not answer, so nothing may be concluded from its silence
+ */
+export function verdictOf(file: StateFile, holderAlive: boolean, domainActive: boolean | undefined): Verdict {
+  if (file.phase.name === 'removing') return 'release';
+  if (file.phase.name === 'pending' && holderAlive) return 'leave';
+  if (file.owner.kind !== 'vm') return 'keep';
+  if (domainActive === undefined) return file.phase.name === 'active' ? 'keep' : 'leave';
+  return domainActive ? 'keep' : 'release';
+}

@@ -1,0 +1,238 @@
+/**
+ * The NAT engine on nftables: changes go as one JSON transaction through an `Nft`, look-ups by key through a reader
+ * that asks the kernel for single elements, since `nft get element` fetches the whole set (460 ms at 60,000 elements).
+ */
+import { type Ipv4, ipv4Bytes, ipv4FromBytes, type Mac, macBytes, tryParseIpv4, tryParseMac } from '../core/address.ts';
+import type { Elements } from '../core/plan.ts';
+import type { Nft } from '../nftables-json/run.ts';
+import { transaction } from '../nftables-json/transaction.ts';
+import type { Command, Element, ElementData, ElementKey, TableListing } from '../nftables-json/types.ts';
+import type { NatEngine, ObservedPairs, Pair } from './engine.ts';
+import {
+  differences,
+  GUEST_ANY_MAC,
+  GUEST_MAC,
+  GUEST_TO_IB,
+  IB_TO_GUEST,
+  ruleset,
+  SCHEMA,
+  SCHEMA_KEY,
+  staleChains,
+  TABLE,
+} from './ruleset.ts';
+
+/** Reads elements of sets and maps of family `ip` by key, at a cost that does not grow with their number. */
+export interface ElementReader {
+  /**
+   * @param keys as the kernel keeps them: each field in network order (`mark` in the host's), padded to 4 bytes
+   * @returns for each key in turn the data of a map, `present` for a set, undefined when it is not there; `no-set` when
+   * the table or the set is not there
+   */
+  get(
+    table: string,
+    set: string,
+    keys: readonly Uint8Array[],
+  ): readonly (Uint8Array | 'present' | undefined)[] | 'no-set';
+}
+
+export interface NftEngineOptions {
+  readonly nft: Nft;
+  readonly reader: ElementReader;
+}
+
+/** @returns the engine; its methods throw NftError for what nft refuses, and what the reader throws */
+export function createNftEngine({ nft, reader }: NftEngineOptions): NatEngine {
+  return {
+    name: 'nft',
+    capabilities: { atomic: true, constantLookup: true },
+    lookup: async (pairs) => lookup(reader, pairs),
+    list: async (spec) => {
+      const listing = await nft.listTable(TABLE.family, TABLE.name);
+      if (listing === undefined) return { ...NOTHING, differences: [`table ${TABLE.family} ${TABLE.name}: missing`] };
+      return { ...observe(listing), differences: differences(listing, spec) };
+    },
+    change: async (change) => {
+      const commands = [
+        ...elementCommands('delete', change.remove, {}),
+        ...elementCommands('add', change.add, change.comments),
+      ];
+      if (commands.length > 0) await nft.run(transaction(...commands));
+    },
+    load: async (spec, pairs) => {
+      const listing = await nft.listTable(TABLE.family, TABLE.name);
+      const stale = listing === undefined ? [] : staleChains(listing, spec);
+      const comments = Object.fromEntries(pairs.map((pair) => [pair.guest, pair.comment]));
+      await nft.run(
+        transaction(
+          ...ruleset(spec, stale),
+          ...[GUEST_TO_IB, IB_TO_GUEST].map((name): Command => ({ flush: { map: { ...IN_TABLE, name } } })),
+          ...[GUEST_MAC, GUEST_ANY_MAC].map((name): Command => ({ flush: { set: { ...IN_TABLE, name } } })),
+          ...elementCommands('add', elementsOf(pairs), comments),
+        ),
+      );
+    },
+    remove: async () => {
+      // `add` first: a deletion of what is not there is refused, and nft before 1.0.7 has no `destroy`.
+      await nft.run(transaction({ add: { table: TABLE } }, { delete: { table: TABLE } }));
+    },
+  };
+}
+
+const IN_TABLE = { family: TABLE.family, table: TABLE.name } as const;
+
+const NOTHING: ObservedPairs = {
+  table: false,
+  tag: null,
+  guestToIb: new Map(),
+  ibToGuest: new Map(),
+  macs: new Set(),
+  unbound: new Set(),
+};
+
+/** All elements of these pairs: four of the table's maps and sets, changed together or not at all. */
+export function elementsOf(pairs: readonly Pair[]): Elements {
+  return {
+    guestToIb: pairs.map(({ guest, address }) => ({ guest, address })),
+    ibToGuest: pairs.map(({ guest, address }) => ({ guest, address })),
+    macs: pairs.flatMap(({ guest, mac }) => (mac === null ? [] : [{ guest, mac }])),
+    unbound: pairs.filter(({ mac }) => mac === null).map(({ guest }) => guest),
+  };
+}
+
+/** Commands for the elements that are there to add or delete; a deletion goes by key, as the kernel does. */
+export function elementCommands(
+  verb: 'add' | 'delete',
+  elements: Elements,
+  comments: Readonly<Record<string, string>>,
+): readonly Command[] {
+  const named = (guest: Ipv4): ElementKey => {
+    const comment = comments[guest];
+    return comment === undefined || comment === '' ? guest : { elem: { val: guest, comment } };
+  };
+  const adds = verb === 'add';
+  const lists: readonly (readonly [string, readonly Element[]])[] = [
+    [GUEST_TO_IB, elements.guestToIb.map(({ guest, address }) => (adds ? [named(guest), address] : guest))],
+    [IB_TO_GUEST, elements.ibToGuest.map(({ address, guest }) => (adds ? [address, guest] : address))],
+    [GUEST_MAC, elements.macs.map(({ guest, mac }) => ({ concat: [guest, mac] }))],
+    [GUEST_ANY_MAC, elements.unbound],
+  ];
+  return lists
+    .filter(([, elem]) => elem.length > 0)
+    .map(([name, elem]): Command => {
+      const element = { ...IN_TABLE, name, elem };
+      return adds ? { add: { element } } : { delete: { element } };
+    });
+}
+
+function lookup(reader: ElementReader, pairs: readonly Pair[]): ObservedPairs {
+  const tag = reader.get(TABLE.name, SCHEMA, [schemaKey()]);
+  const bound = pairs.filter(isBound);
+  const guests = pairs.map(({ guest }) => ipv4Bytes(guest));
+  const guestToIb = reader.get(TABLE.name, GUEST_TO_IB, guests);
+  const ibToGuest = reader.get(
+    TABLE.name,
+    IB_TO_GUEST,
+    pairs.map(({ address }) => ipv4Bytes(address)),
+  );
+  const macs = reader.get(
+    TABLE.name,
+    GUEST_MAC,
+    bound.map(({ guest, mac }) => boundKey(guest, mac)),
+  );
+  const unbound = reader.get(TABLE.name, GUEST_ANY_MAC, guests);
+  if (tag === 'no-set') return NOTHING;
+  if (guestToIb === 'no-set' || ibToGuest === 'no-set' || macs === 'no-set' || unbound === 'no-set') return NOTHING;
+  return {
+    table: true,
+    tag: tagFromBytes(tag[0]),
+    guestToIb: found(pairs, guestToIb, (pair) => pair.guest),
+    ibToGuest: found(pairs, ibToGuest, (pair) => pair.address),
+    macs: new Set(bound.filter((_, index) => macs[index] !== undefined).map(({ guest, mac }) => `${guest} ${mac}`)),
+    unbound: new Set(pairs.filter((_, index) => unbound[index] !== undefined).map(({ guest }) => guest)),
+  };
+}
+
+function isBound(pair: Pair): pair is Pair & { readonly mac: Mac } {
+  return pair.mac !== null;
+}
+
+function found(
+  pairs: readonly Pair[],
+  data: readonly (Uint8Array | 'present' | undefined)[],
+  key: (pair: Pair) => Ipv4,
+): ReadonlyMap<Ipv4, Ipv4> {
+  return new Map(
+    pairs.flatMap((pair, index) => {
+      const value = data[index];
+      return value instanceof Uint8Array ? [[key(pair), ipv4FromBytes(value)] as const] : [];
+    }),
+  );
+}
+
+/** A concatenated key: each field fills whole 4-byte registers. */
+function boundKey(guest: Ipv4, mac: Mac): Uint8Array {
+  const key = new Uint8Array(12);
+  key.set(ipv4Bytes(guest), 0);
+  key.set(macBytes(mac), 4);
+  return key;
+}
+
+/** Marks are kept in the byte order of the host. */
+function schemaKey(): Uint8Array {
+  return new Uint8Array(Uint32Array.of(SCHEMA_KEY).buffer);
+}
+
+function tagFromBytes(data: Uint8Array | 'present' | undefined): string | null {
+  if (!(data instanceof Uint8Array) || data.length < 4) return null;
+  return printTag(new Uint32Array(data.slice(0, 4).buffer)[0] ?? 0);
+}
+
+function printTag(tag: number): string {
+  return tag.toString(16).padStart(8, '0');
+}
+
+function observe(listing: TableListing): ObservedPairs {
+  const map = (name: string): readonly (readonly [ElementKey, ElementData])[] | undefined =>
+    listing.maps.find((candidate) => candidate.name === name)?.elem;
+  const set = (name: string): readonly ElementKey[] | undefined =>
+    listing.sets.find((candidate) => candidate.name === name)?.elem;
+  const guestToIb = map(GUEST_TO_IB);
+  const ibToGuest = map(IB_TO_GUEST);
+  const macs = set(GUEST_MAC);
+  const unbound = set(GUEST_ANY_MAC);
+  const tag = map(SCHEMA)?.find(([key]) => bare(key) === SCHEMA_KEY)?.[1];
+  return {
+    table: guestToIb !== undefined && ibToGuest !== undefined && macs !== undefined && unbound !== undefined,
+    tag: typeof tag === 'number' ? printTag(tag) : null,
+    guestToIb: addressPairs(guestToIb ?? []),
+    ibToGuest: addressPairs(ibToGuest ?? []),
+    macs: new Set((macs ?? []).flatMap(boundOf)),
+    unbound: new Set((unbound ?? []).flatMap((key) => address(bare(key)) ?? [])),
+  };
+}
+
+function bare(key: ElementKey) {
+  return typeof key === 'object' && 'elem' in key ? key.elem.val : key;
+}
+
+function address(value: unknown): Ipv4 | undefined {
+  return typeof value === 'string' ? tryParseIpv4(value) : undefined;
+}
+
+function addressPairs(elements: readonly (readonly [ElementKey, ElementData])[]): ReadonlyMap<Ipv4, Ipv4> {
+  return new Map(
+    elements.flatMap(([key, data]) => {
+      const from = address(bare(key));
+      const to = address(data);
+      return from === undefined || to === undefined ? [] : [[from, to] as const];
+    }),
+  );
+}
+
+function boundOf(key: ElementKey): readonly string[] {
+  const value = bare(key);
+  if (typeof value !== 'object' || !('concat' in value)) return [];
+  const guest = address(value.concat[0]);
+  const mac = typeof value.concat[1] === 'string' ? tryParseMac(value.concat[1]) : undefined;
+  return guest === undefined || mac === undefined ? [] : [`${guest} ${mac}`];
+}

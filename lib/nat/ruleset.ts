@@ -1,0 +1,357 @@
+/**
+ * The rule set of table `ip kvm_ib`: what rulesets/kvm-ib.nft explains for one network, as commands for any number of
+ * them. Static chains and rules, dynamic maps: a mapping is elements only, so no rule is written when a guest comes.
+ *
+ * Every expression here is paid by every packet that gets that far. Rules are ordered so that what most packets need
+ * comes first, and the many pairs of links are one lookup.
+ */
+import { ipv4ToNumber, type Range, rangeSize } from '../core/address.ts';
+import type { Network } from '../core/mapping.ts';
+import type {
+  Chain,
+  Command,
+  Expression,
+  NftMap,
+  NftSet,
+  Rule,
+  Statement,
+  TableListing,
+} from '../nftables-json/types.ts';
+import type { TableSpec } from './engine.ts';
+
+export const TABLE = { family: 'ip', name: 'kvm_ib' } as const;
+const IN_TABLE = { family: TABLE.family, table: TABLE.name } as const;
+
+export const GUEST_TO_IB = 'guest_to_ib';
+export const IB_TO_GUEST = 'ib_to_guest';
+export const GUEST_MAC = 'guest_mac';
+export const GUEST_ANY_MAC = 'guest_any_mac';
+/** Holds the tag of the rule set under this key: read in the time of one lookup, replaced with the rules. */
+export const SCHEMA = 'schema';
+export const SCHEMA_KEY = 1;
+
+/** The names that `PairChange` and the listing know the maps and sets by. All are hashes: a change is flat in their size. */
+const MAPS: readonly NftMap[] = [
+  { ...IN_TABLE, name: SCHEMA, type: 'mark', map: 'mark' },
+  { ...IN_TABLE, name: GUEST_TO_IB, type: 'ipv4_addr', map: 'ipv4_addr' },
+  { ...IN_TABLE, name: IB_TO_GUEST, type: 'ipv4_addr', map: 'ipv4_addr' },
+];
+const SETS: readonly NftSet[] = [
+  { ...IN_TABLE, name: GUEST_MAC, type: ['ipv4_addr', 'ether_addr'] },
+  { ...IN_TABLE, name: GUEST_ANY_MAC, type: 'ipv4_addr' },
+];
+
+/**
+ * NAT sits 5 before iptables' and libvirt's (dstnat -100, srcnat 100): the first decision about a connection wins, at
+ * equal priority that of whoever came last. The guards come before the FORWARD and INPUT chains of others, so that
+ * their counters name the reason; the last one comes after all source NAT.
+ */
+const BASE_CHAINS: readonly Chain[] = [
+  base('prerouting', 'nat', 'prerouting', -105),
+  base('output', 'nat', 'output', -105),
+  base('input', 'nat', 'input', 95),
+  base('postrouting', 'nat', 'postrouting', 95),
+  base('guard_forward', 'filter', 'forward', -5),
+  base('guard_input', 'filter', 'input', -5),
+  base('guard_postrouting', 'filter', 'postrouting', 300),
+];
+
+function base(name: string, type: 'nat' | 'filter', hook: NonNullable<Chain['hook']>, prio: number): Chain {
+  return { ...IN_TABLE, name, type, hook, prio, policy: 'accept' };
+}
+
+const IIFNAME: Expression = { meta: { key: 'iifname' } };
+const OIFNAME: Expression = { meta: { key: 'oifname' } };
+const SADDR: Expression = { payload: { protocol: 'ip', field: 'saddr' } };
+const DADDR: Expression = { payload: { protocol: 'ip', field: 'daddr' } };
+const ORIGINAL_DADDR: Expression = { ct: { key: 'ip daddr', dir: 'original' } };
+
+const ACCEPT: Statement = { accept: null };
+/** Drops are counted, so that a look at the table says why something does not get through; accepts are not: it costs. */
+const DROP: readonly Statement[] = [{ counter: null }, { drop: null }];
+const DNAT_BY_MAP: Statement = { dnat: { addr: { map: { key: DADDR, data: `@${IB_TO_GUEST}` } } } };
+const SNAT_BY_MAP: Statement = { snat: { addr: { map: { key: SADDR, data: `@${GUEST_TO_IB}` } } } };
+const WAS_DNAT: Statement = { match: { op: 'in', left: { ct: { key: 'status' } }, right: 'dnat' } };
+/**
+ * The flow was sent to an IB address of this host. DNAT alone does not say so: port forwardings of others on the same
+ * bridge have it too, and are left alone.
+ */
+const WAS_SENT_TO_IB: readonly Statement[] = [WAS_DNAT, is(ORIGINAL_DADDR, `@${IB_TO_GUEST}`)];
+
+function is(left: Expression, right: Expression): Statement {
+  return { match: { op: '==', left, right } };
+}
+
+function isNot(left: Expression, right: Expression): Statement {
+  return { match: { op: '!=', left, right } };
+}
+
+/** nft lists an anonymous set of one value as the value, from some version on: so no such set is written. */
+function oneOf(values: readonly string[]): Expression {
+  const [first, ...more] = values;
+  return first !== undefined && more.length === 0 ? first : { set: values };
+}
+
+/** nft lists a whole prefix as such; other ranges stay ranges. */
+function rangeOf(range: Range): Expression {
+  const size = rangeSize(range);
+  if (size === 1) return range.first;
+  const aligned = Number.isInteger(Math.log2(size)) && ipv4ToNumber(range.first) % size === 0;
+  if (aligned) return { prefix: { addr: range.first, len: 32 - Math.log2(size) } };
+  return { range: [range.first, range.last] };
+}
+
+/** The table without its elements. */
+interface RuleSet {
+  readonly maps: readonly NftMap[];
+  readonly sets: readonly NftSet[];
+  readonly chains: readonly Chain[];
+  readonly rules: readonly Rule[];
+}
+
+function build(spec: TableSpec): RuleSet {
+  const { networks } = spec;
+  const isolated = networks.filter((network) => network.isolate);
+  const bridges = networks.map((network) => network.bridge);
+  const devices = networks.map((network) => network.device);
+  const hostOf = (network: Network) => spec.hostAddresses.get(network.name) ?? [];
+
+  const chains: Chain[] = [];
+  const rules: Rule[] = [];
+  const chain = (name: string): void => void chains.push({ ...IN_TABLE, name });
+  const rule = (of: string, comment: string, ...expr: readonly Statement[]): void =>
+    void rules.push({ ...IN_TABLE, chain: of, expr, comment });
+  if (networks.length === 0) return { maps: MAPS, sets: SETS, chains: BASE_CHAINS, rules };
+
+  // Regular chains first: nft before 1.0 wants a chain to be there when a verdict names it.
+  for (const network of isolated) {
+    const { name } = network;
+    chain(`sender_${name}`);
+    rule(
+      `sender_${name}`,
+      `source is no guest address of network ${name}`,
+      isNot(SADDR, rangeOf(network.guests)),
+      ...DROP,
+    );
+    const pair: Expression = { concat: [SADDR, { payload: { protocol: 'ether', field: 'saddr' } }] };
+    rule(`sender_${name}`, 'mapped guest with its own MAC', is(pair, `@${GUEST_MAC}`), ACCEPT);
+    rule(`sender_${name}`, 'mapped guest, mapping without a MAC', is(SADDR, `@${GUEST_ANY_MAC}`), ACCEPT);
+    rule(`sender_${name}`, 'forged: mapped guest address with another MAC', is(SADDR, `@${GUEST_TO_IB}`), ...DROP);
+    rule(`sender_${name}`, 'guest without a mapping', ...DROP);
+
+    chain(`to_fabric_${name}`);
+    const invalid: Statement = { match: { op: 'in', left: { ct: { key: 'state' } }, right: 'invalid' } };
+    rule(`to_fabric_${name}`, 'NAT skips invalid packets: guest address would leave', invalid, ...DROP);
+    rule(`to_fabric_${name}`, 'the source decides', { goto: { target: `sender_${name}` } });
+
+    chain(`to_guests_${name}`);
+    const translated: Statement = { match: { op: 'in', left: { ct: { key: 'status' } }, right: ['snat', 'dnat'] } };
+    rule(`to_guests_${name}`, 'translated: sent to an IB address, or an answer', translated, ACCEPT);
+    rule(`to_guests_${name}`, 'guest address used directly from the fabric', ...DROP);
+
+    chain(`between_guests_${name}`);
+    const goSender: Statement = { goto: { target: `sender_${name}` } };
+    rule(`between_guests_${name}`, 'by IB address only; bridged frames pass', ...WAS_SENT_TO_IB, goSender);
+
+    chain(`to_host_${name}`);
+    const others = networks.filter((other) => other !== network).flatMap(hostOf);
+    if (others.length > 0) {
+      rule(`to_host_${name}`, "the host's address on another network", is(DADDR, oneOf(others)), ...DROP);
+    }
+    rule(`to_host_${name}`, 'a mapped source must not be forged', is(SADDR, `@${GUEST_TO_IB}`), goSender);
+  }
+  if (isolated.length > 0 && networks.length > 1) {
+    chain('between_networks');
+    rule('between_networks', 'networks do not mix', ...DROP);
+  }
+  chain('not_for_host');
+  const answer = is({ ct: { key: 'direction' } }, 'reply');
+  rule('not_for_host', 'answer to the host itself, which used an IB address', answer, ACCEPT);
+  rule(
+    'not_for_host',
+    'foreign link, invalid, or flow older than its mapping: host never answers for a guest',
+    ...DROP,
+  );
+
+  rule('prerouting', 'to an IB address: on to its guest', is(IIFNAME, oneOf([...devices, ...bridges])), DNAT_BY_MAP);
+  rule('output', 'host to an IB address: on to its guest', DNAT_BY_MAP);
+  for (const network of networks) {
+    const own = hostOf(network);
+    if (own.length === 0) continue;
+    const toOwn = [is(IIFNAME, network.bridge), is(DADDR, oneOf(own))];
+    rule('input', `${network.name}: guest to the host: host sees the IB address`, ...toOwn, SNAT_BY_MAP);
+  }
+  rule('postrouting', 'guest to the fabric: leaves with its IB address', is(OIFNAME, oneOf(devices)), SNAT_BY_MAP);
+  const loopback = [is(OIFNAME, oneOf(bridges)), ...WAS_SENT_TO_IB];
+  rule('postrouting', 'guest to a guest here by IB address: seen with its own', ...loopback, SNAT_BY_MAP);
+  for (const network of networks) {
+    // The host picks the IB address itself as source, since the alias makes it local.
+    const fromHost = [is(OIFNAME, network.bridge), WAS_DNAT, is(SADDR, `@${IB_TO_GUEST}`)];
+    const own = hostOf(network)[0];
+    const seenAs: Statement = own === undefined ? { masquerade: null } : { snat: { addr: own } };
+    rule('postrouting', `${network.name}: host to an IB address: guest sees the host`, ...fromHost, seenAs);
+  }
+
+  if (isolated.length > 0) {
+    const pairs = verdictsByLinks(networks);
+    const key: Expression = { concat: [IIFNAME, OIFNAME] };
+    rule('guard_forward', 'from where to where', { vmap: { key, data: { set: pairs } } });
+    const guarded = is(OIFNAME, oneOf(isolated.map((network) => network.bridge)));
+    rule('guard_forward', 'IB address used through a foreign link', guarded, ...WAS_SENT_TO_IB, ...DROP);
+  }
+  const toMapped = [isNot(IIFNAME, 'lo'), is(DADDR, `@${IB_TO_GUEST}`)];
+  rule('guard_input', 'packet for a guest that was not translated', ...toMapped, { goto: { target: 'not_for_host' } });
+  if (isolated.length > 0) {
+    const byBridge = isolated.map(({ bridge, name }) => [bridge, { goto: { target: `to_host_${name}` } }] as const);
+    rule('guard_input', 'guest to the host', { vmap: { key: IIFNAME, data: { set: byBridge } } });
+    const guarded = is(OIFNAME, oneOf(isolated.map((network) => network.device)));
+    for (const network of networks) {
+      const comment = `guest address of network ${network.name} on the fabric: must stay 0`;
+      rule('guard_postrouting', comment, guarded, is(SADDR, rangeOf(network.guests)), ...DROP);
+    }
+  }
+  return { maps: MAPS, sets: SETS, chains: [...chains, ...BASE_CHAINS], rules };
+}
+
+/**
+ * One element for each pair of our links that a packet may come and go by. Not listed, so untouched: link to link,
+ * which is the host's own routing, and networks without isolation among themselves.
+ */
+function verdictsByLinks(networks: readonly Network[]) {
+  const to = (from: string, out: string, target: string) => [{ concat: [from, out] }, { goto: { target } }] as const;
+  return networks.flatMap((one) =>
+    networks.flatMap((other) => {
+      if (one !== other) {
+        if (!one.isolate && !other.isolate) return [];
+        const { bridge, device } = other;
+        return [
+          to(one.bridge, bridge, 'between_networks'),
+          to(one.bridge, device, 'between_networks'),
+          to(device, one.bridge, 'between_networks'),
+        ];
+      }
+      if (!one.isolate) return [];
+      return [
+        to(one.bridge, one.device, `to_fabric_${one.name}`),
+        to(one.device, one.bridge, `to_guests_${one.name}`),
+        to(one.bridge, one.bridge, `between_guests_${one.name}`),
+      ];
+    }),
+  );
+}
+
+/**
+ * The commands, for one transaction, that create the table or bring it to this rule set. Elements and running flows
+ * stay: the table is flushed of its rules, never deleted, because with the last rule that uses connection tracking its
+ * hooks go, and every translated flow dies.
+ * @param stale chains to delete, from `staleChains`; the transaction fails when one is not there
+ */
+export function ruleset(spec: TableSpec, stale: readonly string[] = []): readonly Command[] {
+  const { maps, sets, chains, rules } = build(spec);
+  const schema = { ...IN_TABLE, name: SCHEMA } as const;
+  const tag: [number, number] = [SCHEMA_KEY, Number.parseInt(rulesetTag(spec), 16)];
+  return [
+    { add: { table: TABLE } },
+    { flush: { table: TABLE } },
+    ...stale.map((name): Command => ({ delete: { chain: { ...IN_TABLE, name } } })),
+    ...maps.map((map): Command => ({ add: { map } })),
+    ...sets.map((set): Command => ({ add: { set } })),
+    ...chains.map((chain): Command => ({ add: { chain } })),
+    ...rules.map((rule): Command => ({ add: { rule } })),
+    { flush: { map: schema } },
+    { add: { element: { ...schema, elem: [tag] } } },
+  ];
+}
+
+/** Chains of a listed table that this rule set does not have, or not with this hook and priority: to be deleted first. */
+export function staleChains(listing: TableListing, spec: TableSpec): readonly string[] {
+  const wanted = new Map(build(spec).chains.map((chain) => [chain.name, canonical(chain)]));
+  return listing.chains.filter((chain) => wanted.get(chain.name) !== canonical(chain)).map((chain) => chain.name);
+}
+
+/** A 32-bit tag of the rule set as 8 hex digits (FNV-1a of its canonical form): equal for equal rules, else all but surely not. */
+export function rulesetTag(spec: TableSpec): string {
+  let hash = 0x811c9dc5;
+  for (const char of canonical(build(spec))) {
+    hash = Math.imul(hash ^ char.charCodeAt(0), 0x01000193);
+  }
+  return (hash >>> 0).toString(16).padStart(8, '0');
+}
+
+/**
+ * What is different in a listed table from what `ruleset` loads, one line each; elements are not looked at. Empty: as loaded.
+ * Counts, handles and the order within anonymous sets do not matter.
+ */
+export function differences(listing: TableListing, spec: TableSpec): readonly string[] {
+  const wanted = build(spec);
+  const found: string[] = [];
+  if (listing.table.flags.includes('dormant')) found.push('table: dormant, so it does nothing');
+  compareNamed('map', wanted.maps, listing.maps, found);
+  compareNamed('set', wanted.sets, listing.sets, found);
+  compareNamed('chain', wanted.chains, listing.chains, found);
+  for (const other of listing.counters) found.push(`counter ${other.name}: unknown`);
+  for (const other of listing.others) found.push(`${other.kind}: unknown`);
+
+  for (const { name } of wanted.chains) {
+    if (!listing.chains.some((chain) => chain.name === name)) continue;
+    const expected = wanted.rules.filter((rule) => rule.chain === name);
+    const actual = listing.rules.filter((rule) => rule.chain === name);
+    const expectedForms = expected.map(canonical);
+    const actualForms = actual.map(canonical);
+    const before = found.length;
+    expected.forEach((rule, index) => {
+      if (actualForms.includes(expectedForms[index] ?? '')) return;
+      const changed = actual.some((other) => other.comment === rule.comment);
+      found.push(`chain ${name}, rule "${rule.comment}": ${changed ? 'changed' : 'missing'}`);
+    });
+    actual.forEach((rule, index) => {
+      if (expectedForms.includes(actualForms[index] ?? '')) return;
+      if (expected.some((other) => other.comment === rule.comment)) return;
+      found.push(
+        `chain ${name}, rule ${rule.comment === undefined ? `of handle ${rule.handle}` : `"${rule.comment}"`}: unknown`,
+      );
+    });
+    if (found.length === before && expectedForms.join() !== actualForms.join()) {
+      found.push(`chain ${name}: rules doubled or in another order`);
+    }
+  }
+  return found;
+}
+
+type Named = { readonly name: string };
+
+function compareNamed(kind: string, wanted: readonly Named[], listed: readonly Named[], found: string[]): void {
+  const listedForms = new Map(listed.map((item) => [item.name, canonical(item)]));
+  for (const item of wanted) {
+    const form = listedForms.get(item.name);
+    if (form === undefined) found.push(`${kind} ${item.name}: missing`);
+    else if (form !== canonical(item)) found.push(`${kind} ${item.name}: changed`);
+    listedForms.delete(item.name);
+  }
+  for (const name of listedForms.keys()) found.push(`${kind} ${name}: unknown`);
+}
+
+/** What a kernel adds to an object and what does not belong to the rule set. */
+const NOT_COMPARED: readonly string[] = ['handle', 'elem'];
+
+/** One text for all forms of the same thing: keys sorted, counters at zero, anonymous sets and flags in one order. */
+function canonical(value: unknown): string {
+  return JSON.stringify(normal(value));
+}
+
+function normal(value: unknown): unknown {
+  if (Array.isArray(value)) return value.map(normal);
+  if (typeof value !== 'object' || value === null) return value;
+  const entries = Object.entries(value).filter(([key]) => !NOT_COMPARED.includes(key));
+  entries.sort(([a], [b]) => (a < b ? -1 : 1));
+  return Object.fromEntries(entries.map(([key, item]) => [key, normalField(key, item)]));
+}
+
+function normalField(key: string, item: unknown): unknown {
+  if (key === 'counter') return null;
+  if ((key === 'set' || key === 'right') && Array.isArray(item)) {
+    const forms = item.map((element) => canonical(element)).sort();
+    return forms;
+  }
+  return normal(item);
+}

@@ -1,0 +1,125 @@
+/** Holds the configuration against the host: `config check`. Reads only. */
+import type { Config, Network } from '../core/mapping.ts';
+import type { Link, Links } from '../link/ports.ts';
+import { ARPHRD } from '../link/ports.ts';
+import type { Host } from './host.ts';
+import { ownAddressInRange, tableSpec } from './observe.ts';
+
+export interface Finding {
+  /** `error`: mappings will not work or will be refused. */
+  readonly level: 'error' | 'warning';
+  readonly code: 'host-lacks' | 'conflict';
+  readonly network: string | null;
+  readonly what: string;
+  readonly why: string;
+  readonly fix: string;
+}
+
+/** What `config check` reads of the host besides links and addresses. */
+export interface Sysctls {
+  /** A value under /proc/sys by its dotted name; undefined when it is not there. */
+  read(name: string): string | undefined;
+}
+
+export async function checkConfig(
+  host: { config: Config; links: Links },
+  sysctls: Sysctls,
+): Promise<readonly Finding[]> {
+  const findings: Finding[] = [];
+  const spec = tableSpec(host as Host, await host.links.addresses());
+  for (const network of host.config.networks) {
+    const device = await host.links.link(network.device);
+    const bridge = await host.links.link(network.bridge);
+    findings.push(...deviceFindings(network, device), ...bridgeFindings(network, bridge, device));
+    const own = spec.hostAddresses.get(network.name) ?? [];
+    const inside = ownAddressInRange(network, own);
+    if (inside !== undefined) {
+      findings.push(finding('error', 'conflict', network, inside.message, inside.why ?? '', inside.fix ?? ''));
+    } else if (device !== undefined && own.length === 0) {
+      findings.push(
+        finding(
+          'warning',
+          'host-lacks',
+          network,
+          `${network.device} has no address of its own`,
+          'guests then see the bridge address when this host talks to their IB address',
+          `give the host an address on ${network.device} outside the network's range`,
+        ),
+      );
+    }
+  }
+  const forwarding = sysctls.read('net.ipv4.ip_forward');
+  if (forwarding !== '1') {
+    findings.push({
+      level: 'error',
+      code: 'host-lacks',
+      network: null,
+      what: 'IPv4 forwarding is off',
+      why: 'the host routes between the bridge and the IPoIB link',
+      fix: 'install rulesets/sysctl.d/60-kvm-ib.conf and run `sysctl --system`',
+    });
+  }
+  if (sysctls.read('net.netfilter.nf_conntrack_tcp_loose') === '0') {
+    findings.push({
+      level: 'warning',
+      code: 'host-lacks',
+      network: null,
+      what: 'nf_conntrack_tcp_loose is 0',
+      why: 'established connections will not survive a live migration to this host',
+      fix: 'install rulesets/sysctl.d/60-kvm-ib.conf and run `sysctl --system`',
+    });
+  }
+  return findings;
+}
+
+function deviceFindings(network: Network, device: Link | undefined): readonly Finding[] {
+  if (device === undefined) {
+    const why = `network ${network.name} puts its aliases there`;
+    const fix = `bring the IPoIB link up, or correct \`device\` of network ${network.name}`;
+    return [finding('error', 'host-lacks', network, `there is no link ${network.device}`, why, fix)];
+  }
+  const findings: Finding[] = [];
+  if (!device.up) {
+    const fix = `ip link set ${network.device} up`;
+    findings.push(finding('error', 'host-lacks', network, `${network.device} is down`, 'no packet passes it', fix));
+  }
+  if (device.type !== ARPHRD.infiniband) {
+    const why = `its hardware type is ${device.type}, IPoIB has ${ARPHRD.infiniband}`;
+    findings.push(
+      finding(
+        'warning',
+        'host-lacks',
+        network,
+        `${network.device} is not an IPoIB link`,
+        why,
+        'fine in a lab; on a host, correct `device`',
+      ),
+    );
+  }
+  return findings;
+}
+
+function bridgeFindings(network: Network, bridge: Link | undefined, device: Link | undefined): readonly Finding[] {
+  if (bridge === undefined) {
+    const fix = `kvm-ib network-xml --network ${network.name} > net.xml; virsh net-define net.xml; virsh net-start kvm-ib-${network.name}`;
+    return [
+      finding('error', 'host-lacks', network, `there is no bridge ${network.bridge}`, 'the guests hang on it', fix),
+    ];
+  }
+  if (device !== undefined && bridge.mtu !== device.mtu) {
+    const what = `MTU of ${network.bridge} is ${bridge.mtu}, of ${network.device} ${device.mtu}`;
+    return [finding('warning', 'host-lacks', network, what, 'the bridge follows the IPoIB link', 'kvm-ib reconcile')];
+  }
+  return [];
+}
+
+function finding(
+  level: Finding['level'],
+  code: Finding['code'],
+  network: Network,
+  what: string,
+  why: string,
+  fix: string,
+): Finding {
+  return { level, code, network: network.name, what, why, fix };
+}

@@ -1,0 +1,293 @@
+/** What kvm-ib knows (`list`) and how the kernel differs from it (`status`). Neither changes anything. */
+import type { Ipv4 } from '../core/address.ts';
+import { rangeContains } from '../core/address.ts';
+import type { Mapping } from '../core/mapping.ts';
+import { isOurLabel, ownerName } from '../core/mapping.ts';
+import type { Change, Observed } from '../core/plan.ts';
+import { plan } from '../core/plan.ts';
+import type { Host } from './host.ts';
+import type { HostView } from './observe.ts';
+import { observeHost, ownAddressInRange } from './observe.ts';
+import type { Intent } from './reconcile.ts';
+import { readIntent, tableDifferences } from './reconcile.ts';
+
+/** One row of `list`. */
+export interface ListEntry {
+  readonly network: string;
+  readonly device: string;
+  readonly guest: string;
+  readonly address: string;
+  readonly vm: number | null;
+  readonly nic: number | null;
+  readonly mac: string | null;
+  readonly label: string;
+  readonly owner: 'vm' | 'manual' | 'static';
+  readonly state: 'active' | 'pending' | 'removing';
+}
+
+export interface Listing {
+  readonly entries: readonly ListEntry[];
+  readonly unreadable: readonly { readonly path: string; readonly why: string }[];
+}
+
+/** Every mapping that this host should have, from the files alone: needs no rights beyond reading them. */
+export function list(host: Pick<Host, 'store'>): Listing {
+  const { files, unreadable } = host.store.all();
+  const entries = files.flatMap((file) =>
+    file.mappings.map((m): ListEntry => {
+      const { network, device, guest, address, vm, nic, mac, label } = m;
+      return { network, device, guest, address, vm, nic, mac, label, owner: file.owner.kind, state: file.phase.name };
+    }),
+  );
+  return { entries, unreadable };
+}
+
+export type DriftPart = 'table' | 'map' | 'alias' | 'mtu' | 'hairpin' | 'file';
+
+/** One difference between what should be and what is. Guest and address are null where it concerns no single mapping. */
+export interface Drift {
+  readonly guest: string | null;
+  readonly address: string | null;
+  readonly part: DriftPart;
+  readonly expected: string;
+  readonly observed: string;
+  readonly fix: string;
+}
+
+export interface Status {
+  readonly ok: boolean;
+  readonly mappings: number;
+  readonly drift: readonly Drift[];
+  /** What keeps the answer from being complete: libvirt silent, … */
+  readonly warnings: readonly string[];
+}
+
+const RECONCILE = 'kvm-ib reconcile';
+
+/** Compares files, configuration and kernel. */
+export function status(host: Host): Promise<Status> {
+  return host.withLock('status', async () => {
+    const intent = await readIntent(host);
+    const view = await observeHost(host);
+    const changes = plan({ want: intent.want, release: intent.release }, view.observed);
+    const drift = [
+      ...fileDrift(host, intent),
+      ...tableDifferences(view).map((text) => tableDrift(text)),
+      ...linkDrift(host, view),
+      ...foreignAliases(intent.want, view),
+      ...changes.flatMap((change) => changeDrift(change, view.observed)),
+      ...strays(intent, view.observed),
+      ...orphanAliases(host, intent, view),
+    ];
+    return { ok: drift.length === 0, mappings: intent.want.length, drift, warnings: intent.warnings };
+  });
+}
+
+function tableDrift(observed: string): Drift {
+  return {
+    guest: null,
+    address: null,
+    part: 'table',
+    expected: 'the table as kvm-ib loads it',
+    observed,
+    fix: RECONCILE,
+  };
+}
+
+function fileDrift(host: Host, intent: Intent): readonly Drift[] {
+  const fromFiles = intent.entries
+    .filter(({ verdict, file }) => verdict === 'release' || (verdict === 'keep' && file.phase.name !== 'active'))
+    .flatMap(({ file, verdict, why }) =>
+      file.mappings.map((m): Drift => {
+        const expected = verdict === 'release' ? `no file of ${ownerName(file.owner)}: ${why}` : 'active';
+        return {
+          guest: m.guest,
+          address: m.address,
+          part: 'file',
+          expected,
+          observed: file.phase.name,
+          fix: RECONCILE,
+        };
+      }),
+    );
+  const missing = intent.entries
+    .filter(
+      ({ file, verdict }) =>
+        file.owner.kind === 'static' && verdict === 'keep' && host.store.read(file.owner) === undefined,
+    )
+    .flatMap(({ file }) => file.mappings)
+    .map(
+      (m): Drift => ({
+        guest: m.guest,
+        address: m.address,
+        part: 'file',
+        expected: 'active: it stands under `static` in the configuration',
+        observed: 'absent',
+        fix: RECONCILE,
+      }),
+    );
+  const broken = intent.unreadable.map(
+    ({ path, why }): Drift => ({
+      guest: null,
+      address: null,
+      part: 'file',
+      expected: `a state file at ${path}`,
+      observed: why,
+      fix: `mv ${path} ${path}.bad && kvm-ib reconcile`,
+    }),
+  );
+  return [...fromFiles, ...missing, ...broken];
+}
+
+function linkDrift(host: Host, view: HostView): readonly Drift[] {
+  return host.config.networks.flatMap((network): Drift[] => {
+    const seen = view.observed.bridges.find((b) => b.bridge === network.bridge);
+    const own = ownAddressInRange(network, view.spec.hostAddresses.get(network.name) ?? []);
+    const gone = (what: string, fix: string): Drift => {
+      return { guest: null, address: null, part: 'mtu', expected: `${what} with its MTU`, observed: 'absent', fix };
+    };
+    return [
+      ...(seen?.deviceMtu === null ? [gone(`link ${network.device}`, `ip link show ${network.device}`)] : []),
+      ...(seen?.bridgeMtu === null ? [gone(`bridge ${network.bridge}`, 'virsh net-list --all')] : []),
+      ...(own
+        ? [
+            {
+              guest: null,
+              address: null,
+              part: 'alias' as const,
+              expected: 'no address of the host in the IB range',
+              observed: own.why ?? '',
+              fix: own.fix ?? '',
+            },
+          ]
+        : []),
+    ];
+  });
+}
+
+/** Wanted addresses that somebody else has put on a link of this host. */
+function foreignAliases(want: readonly Mapping[], view: HostView): readonly Drift[] {
+  const byAddress = new Map(want.map((m) => [m.address, m]));
+  return view.addresses.flatMap((entry): Drift[] => {
+    const m = byAddress.get(entry.address);
+    if (m === undefined || (entry.device === m.device && entry.label === m.label && entry.prefixLength === 32))
+      return [];
+    const cidr = `${entry.address}/${entry.prefixLength}`;
+    return [
+      {
+        guest: m.guest,
+        address: m.address,
+        part: 'alias',
+        expected: `${m.address}/32 on ${m.device} labelled ${m.label}, and nowhere else`,
+        observed: `${cidr} on ${entry.device} labelled ${entry.label}`,
+        fix: `ip address del ${cidr} dev ${entry.device}`,
+      },
+    ];
+  });
+}
+
+function changeDrift(change: Change, observed: Observed): readonly Drift[] {
+  switch (change.kind) {
+    case 'add-alias':
+    case 'delete-alias': {
+      const alias = `${change.address}/32 on ${change.device} labelled ${change.label}`;
+      const [expected, seen] = change.kind === 'add-alias' ? [alias, 'absent'] : ['absent', alias];
+      return [
+        { guest: change.guest, address: change.address, part: 'alias', expected, observed: seen, fix: RECONCILE },
+      ];
+    }
+    case 'change-pairs':
+      return pairDrift(change, observed);
+    case 'set-mtu':
+      return [
+        {
+          guest: null,
+          address: null,
+          part: 'mtu',
+          expected: `${change.link} ${change.to}`,
+          observed: `${change.link} ${change.from}`,
+          fix: RECONCILE,
+        },
+      ];
+    case 'set-hairpin':
+      return [
+        {
+          guest: null,
+          address: null,
+          part: 'hairpin',
+          expected: `${change.port} on, because bridge-nf-call-iptables is 1`,
+          observed: `${change.port} off`,
+          fix: RECONCILE,
+        },
+      ];
+    case 'flush-mapping':
+    case 'flush-foreign':
+    case 'announce':
+      return [];
+  }
+}
+
+function pairDrift(change: Extract<Change, { kind: 'change-pairs' }>, observed: Observed): readonly Drift[] {
+  const drift: Drift[] = [];
+  const item = (guest: Ipv4 | null, address: Ipv4 | null, expected: string, seen: string): void => {
+    drift.push({ guest, address, part: 'map', expected, observed: seen, fix: RECONCILE });
+  };
+  for (const { guest, address } of change.add.guestToIb) {
+    item(guest, address, `guest_to_ib ${guest} : ${address}`, observed.guestToIb.get(guest) ?? 'absent');
+  }
+  for (const { guest, address } of change.add.ibToGuest) {
+    item(guest, address, `ib_to_guest ${address} : ${guest}`, observed.ibToGuest.get(address) ?? 'absent');
+  }
+  for (const { guest, mac } of change.add.macs) item(guest, null, `guest_mac ${guest} . ${mac}`, 'absent');
+  for (const guest of change.add.unbound) item(guest, null, `guest_any_mac ${guest}`, 'absent');
+  const replaced = new Set<string>([
+    ...change.add.guestToIb.map((e) => e.guest),
+    ...change.add.ibToGuest.map((e) => e.address),
+  ]);
+  for (const { guest, address } of change.remove.guestToIb) {
+    if (!replaced.has(guest)) item(guest, address, 'absent', `guest_to_ib ${guest} : ${address}`);
+  }
+  for (const { guest, address } of change.remove.ibToGuest) {
+    if (!replaced.has(address)) item(guest, address, 'absent', `ib_to_guest ${address} : ${guest}`);
+  }
+  for (const { guest, mac } of change.remove.macs) item(guest, null, 'absent', `guest_mac ${guest} . ${mac}`);
+  return drift;
+}
+
+/** Elements of our table that no file knows. */
+function strays(intent: Intent, observed: Observed): readonly Drift[] {
+  const known = new Set<string>(intent.left);
+  for (const m of [...intent.want, ...intent.release]) known.add(m.guest).add(m.address);
+  const item = (guest: Ipv4, address: Ipv4, seen: string): Drift => {
+    return { guest, address, part: 'map', expected: 'absent: no file has it', observed: seen, fix: RECONCILE };
+  };
+  return [
+    ...[...observed.guestToIb]
+      .filter(([guest]) => !known.has(guest))
+      .map(([g, a]) => item(g, a, `guest_to_ib ${g} : ${a}`)),
+    ...[...observed.ibToGuest]
+      .filter(([address]) => !known.has(address))
+      .map(([a, g]) => item(g, a, `ib_to_guest ${a} : ${g}`)),
+  ];
+}
+
+/** Aliases that look like ours but that no file knows: reported, never removed, since the label alone proves nothing. */
+function orphanAliases(host: Host, intent: Intent, view: HostView): readonly Drift[] {
+  const known = new Set<string>(intent.left);
+  for (const m of [...intent.want, ...intent.release]) known.add(m.address);
+  return view.addresses.flatMap((entry): Drift[] => {
+    const network = host.config.networks.find((n) => n.device === entry.device);
+    if (network === undefined || known.has(entry.address)) return [];
+    if (!isOurLabel(network.device, entry.label) || !rangeContains(network.addresses, entry.address)) return [];
+    return [
+      {
+        guest: null,
+        address: entry.address,
+        part: 'alias',
+        expected: 'absent: no file has it',
+        observed: `${entry.address}/${entry.prefixLength} on ${entry.device} labelled ${entry.label}`,
+        fix: `ip address del ${entry.address}/${entry.prefixLength} dev ${entry.device}`,
+      },
+    ];
+  });
+}

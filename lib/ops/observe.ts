@@ -1,0 +1,175 @@
+/** Reads from the kernel what a plan needs: by key for the mappings of one change, or everything for reconcile and status. */
+import type { Ipv4, LinkName } from '../core/address.ts';
+import { rangeContains } from '../core/address.ts';
+import { KvmIbError } from '../core/errors.ts';
+import type { Mapping, Network } from '../core/mapping.ts';
+import { isOurLabel } from '../core/mapping.ts';
+import type { Observed, ObservedAlias, ObservedBridge } from '../core/plan.ts';
+import { elementComment } from '../core/plan.ts';
+import type { InetAddress } from '../link/ports.ts';
+import type { ObservedPairs, ObservedTable, Pair, TableSpec } from '../nat/engine.ts';
+import type { Host } from './host.ts';
+
+export function pairOf(mapping: Mapping): Pair {
+  return { guest: mapping.guest, address: mapping.address, mac: mapping.mac, comment: elementComment(mapping) };
+}
+
+/**
+ * Observes just these mappings, at a cost that does not grow with how many others there are.
+ * @param want mappings that are to be there: their links must exist, and their addresses must be free or ours
+ * @param before mappings that this owner has had, or that are to be released
+ * @param trusted mappings known to be ours by their active file: an address of theirs that is local is taken to be our
+ *   alias without dumping all addresses
+ * @throws KvmIbError `conflict` when an address is held by an alias or link that is not ours, `host-lacks` when a link is missing
+ */
+export async function observeMappings(
+  host: Host,
+  want: readonly Mapping[],
+  before: readonly Mapping[],
+  trusted: readonly Mapping[],
+): Promise<Observed> {
+  const all = [...want, ...before];
+  const pairs = await lookupPairs(host, all);
+  const aliases = await observeAliases(host, want, before, trusted);
+  const bridges: ObservedBridge[] = [];
+  for (const [bridge, device] of new Map(want.map((m) => [m.bridge, m.device]))) {
+    const observed = await observeBridge(host, bridge, device);
+    requireLinks(observed);
+    bridges.push(observed);
+  }
+  return { ...pairs, aliases, bridges };
+}
+
+/** The pairs of these mappings, and of whatever else the kernel holds under their keys. */
+async function lookupPairs(host: Host, mappings: readonly Mapping[]): Promise<ObservedPairs> {
+  const first = await host.nat.lookup(mappings.map(pairOf));
+  const known = new Set(mappings.flatMap((m) => [m.guest, m.address]));
+  const strangers = [
+    ...[...first.guestToIb].filter(([, address]) => !known.has(address)),
+    ...[...first.ibToGuest]
+      .filter(([, guest]) => !known.has(guest))
+      .map(([address, guest]) => [guest, address] as const),
+  ].map(([guest, address]): Pair => ({ guest, address, mac: null, comment: '' }));
+  if (strangers.length === 0) return first;
+  const second = await host.nat.lookup(strangers);
+  return {
+    ...first,
+    guestToIb: new Map([...second.guestToIb, ...first.guestToIb]),
+    ibToGuest: new Map([...second.ibToGuest, ...first.ibToGuest]),
+  };
+}
+
+async function observeAliases(
+  host: Host,
+  want: readonly Mapping[],
+  before: readonly Mapping[],
+  trusted: readonly Mapping[],
+): Promise<readonly ObservedAlias[]> {
+  const found: ObservedAlias[] = [];
+  let dump: readonly InetAddress[] | undefined;
+  const wanted = new Set(want.map((m) => m.address));
+  for (const address of new Set([...want, ...before].map((m) => m.address))) {
+    if (!(await host.links.isLocal(address))) continue;
+    const known = trusted.find((m) => m.address === address);
+    if (known !== undefined) {
+      found.push({ device: known.device, address, label: known.label });
+      continue;
+    }
+    dump ??= await host.links.addresses();
+    const holders = dump.filter((entry) => entry.address === address);
+    const ours = holders.filter((entry) => isAliasOf(entry, [...want, ...before]));
+    found.push(...ours.map((entry) => ({ device: entry.device, address, label: entry.label })));
+    const stranger = holders.find((entry) => !ours.includes(entry));
+    if (stranger !== undefined && wanted.has(address)) throw foreignAlias(address, stranger);
+  }
+  return found;
+}
+
+function isAliasOf(entry: InetAddress, mappings: readonly Mapping[]): boolean {
+  return mappings.some(
+    (m) =>
+      m.address === entry.address && m.device === entry.device && m.label === entry.label && entry.prefixLength === 32,
+  );
+}
+
+function foreignAlias(address: Ipv4, holder: InetAddress): KvmIbError {
+  return new KvmIbError('conflict', `Cannot take the IB address ${address}`, {
+    why: `this host has ${address}/${holder.prefixLength} on ${holder.device} already, labelled "${holder.label}", and that is not an alias of this mapping`,
+    fix: `if nobody needs it: ip address del ${address}/${holder.prefixLength} dev ${holder.device}`,
+  });
+}
+
+/** MTU and ports of one bridge and its IPoIB link; a link that is missing is null, not an error. */
+export async function observeBridge(host: Host, bridge: LinkName, device: LinkName): Promise<ObservedBridge> {
+  const bridgeLink = await host.links.link(bridge);
+  const deviceLink = await host.links.link(device);
+  const ports =
+    bridgeLink !== undefined && (await host.links.bridgeCallsIptables(bridge))
+      ? await host.links.bridgePorts(bridge)
+      : [];
+  return {
+    bridge,
+    device,
+    bridgeMtu: bridgeLink?.mtu ?? null,
+    deviceMtu: deviceLink?.mtu ?? null,
+    portsToHairpin: ports.filter((port) => !port.hairpin).map((port) => port.name as LinkName),
+  };
+}
+
+function requireLinks(observed: ObservedBridge): void {
+  if (observed.deviceMtu === null) {
+    throw new KvmIbError('host-lacks', `Cannot map on ${observed.device}`, {
+      why: `this host has no link ${observed.device}`,
+      fix: `bring the IPoIB link up (ip link show ${observed.device}), or correct \`device\` in the configuration`,
+    });
+  }
+  if (observed.bridgeMtu === null) {
+    throw new KvmIbError('host-lacks', `Cannot map on ${observed.bridge}`, {
+      why: `this host has no bridge ${observed.bridge}`,
+      fix: `start its libvirt network, made from \`kvm-ib network-xml\` (virsh net-list --all), or correct \`bridge\` in the configuration`,
+    });
+  }
+}
+
+/** Everything of ours in the kernel, and the addresses that are not. */
+export interface HostView {
+  readonly table: ObservedTable;
+  readonly spec: TableSpec;
+  readonly observed: Observed;
+  /** Every IPv4 address of the host. */
+  readonly addresses: readonly InetAddress[];
+}
+
+export async function observeHost(host: Host): Promise<HostView> {
+  const addresses = await host.links.addresses();
+  const spec = tableSpec(host, addresses);
+  const table = await host.nat.list(spec);
+  const bridges: ObservedBridge[] = [];
+  for (const network of host.config.networks) bridges.push(await observeBridge(host, network.bridge, network.device));
+  const aliases = addresses
+    .filter((entry) => entry.prefixLength === 32)
+    .map(({ device, address, label }) => ({ device, address, label }));
+  return { table, spec, observed: { ...table, aliases, bridges }, addresses };
+}
+
+/** What the rule set depends on: the configuration, and the host's own addresses on each IPoIB link. */
+export function tableSpec(host: Host, addresses: readonly InetAddress[]): TableSpec {
+  const own = (network: Network): readonly Ipv4[] =>
+    addresses
+      .filter((entry) => entry.device === network.device && !isOurLabel(network.device, entry.label))
+      .map((entry) => entry.address);
+  return { networks: host.config.networks, hostAddresses: new Map(host.config.networks.map((n) => [n.name, own(n)])) };
+}
+
+/**
+ * The host's own address inside a network's IB range: some guest would be promised the host's address.
+ * @returns undefined when there is none
+ */
+export function ownAddressInRange(network: Network, own: readonly Ipv4[]): KvmIbError | undefined {
+  const inside = own.find((address) => rangeContains(network.addresses, address));
+  if (inside === undefined) return undefined;
+  return new KvmIbError('conflict', `Cannot serve network ${network.name}`, {
+    why: `${inside} is this host's own address on ${network.device} and lies inside \`addresses\` of the network`,
+    fix: 'move the host to an address outside `addresses`, or change the ranges in the configuration',
+  });
+}

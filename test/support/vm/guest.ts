@@ -1,0 +1,153 @@
+/**
+ * The guest of the VM tests: a Debian kernel and an initramfs of busybox that is up in about three seconds under QEMU's
+ * software emulation. It answers ping, echoes bytes over TCP and says from which address they came, runs shell
+ * commands sent to it, and powers off on the ACPI button. See `guest/` for what runs inside.
+ */
+import { createHash } from 'node:crypto';
+import {
+  chmodSync,
+  copyFileSync,
+  existsSync,
+  mkdirSync,
+  mkdtempSync,
+  readFileSync,
+  renameSync,
+  rmSync,
+  writeFileSync,
+} from 'node:fs';
+import { homedir } from 'node:os';
+import { dirname, join } from 'node:path';
+import { fileURLToPath } from 'node:url';
+import { runTool, waitFor } from './process.ts';
+
+export interface GuestImage {
+  /** bzImage for direct boot. */
+  readonly kernel: string;
+  readonly initramfs: string;
+}
+
+/** Loaded in this order: each needs the ones before it. Paths below lib/modules/<release>/kernel of Debian 12. */
+const MODULES = [
+  'drivers/virtio/virtio_ring.ko',
+  'drivers/virtio/virtio.ko',
+  'drivers/virtio/virtio_pci_modern_dev.ko',
+  'drivers/virtio/virtio_pci_legacy_dev.ko',
+  'drivers/virtio/virtio_pci.ko',
+  'net/core/failover.ko',
+  'drivers/net/net_failover.ko',
+  'drivers/net/virtio_net.ko',
+  'drivers/input/evdev.ko',
+  'drivers/acpi/button.ko',
+] as const;
+
+/** Where each file of `guest/` goes in the initramfs. The last one is where acpid looks for the power button. */
+const FILES = [
+  ['init', 'init'],
+  ['cgi-bin/echo', 'www/cgi-bin/echo'],
+  ['cgi-bin/run', 'www/cgi-bin/run'],
+  ['power-off', 'etc/acpi/PWRF/00000080'],
+] as const;
+
+const BUSYBOX = '/bin/busybox';
+const source = join(dirname(fileURLToPath(import.meta.url)), 'guest');
+
+/** Kernel command line that gives the guest its address; `mtu` only to overrule what the hypervisor offers. */
+export function guestCommandLine(net: {
+  readonly address: string;
+  readonly prefixLength: number;
+  readonly gateway: string;
+  readonly mtu?: number;
+}): string {
+  const mtu = net.mtu === undefined ? '' : ` mtu=${net.mtu}`;
+  return `console=ttyS0 quiet panic=-1 ip=${net.address}/${net.prefixLength} gw=${net.gateway}${mtu}`;
+}
+
+/**
+ * Kernel and initramfs, built when what they are made of has changed (0.2 s) and kept in
+ * ${XDG_CACHE_HOME:-~/.cache}/kvm-ib.
+ * @throws Error when the kernel was not fetched (scripts/vm-kernel.mjs does it) or busybox-static or cpio is missing.
+ */
+export async function guestImage(): Promise<GuestImage> {
+  const cache = join(process.env['XDG_CACHE_HOME'] || join(homedir(), '.cache'), 'kvm-ib');
+  const index = join(cache, 'kernel.json');
+  if (!existsSync(index)) {
+    throw new Error(
+      `Cannot start a guest: no kernel in ${cache}. Run \`node scripts/vm-kernel.mjs\` outside of the test's network ` +
+        'namespace (`npm test` does): it downloads one from the Debian mirror.',
+    );
+  }
+  const kernel = parseKernel(readFileSync(index, 'utf8'), index);
+  for (const [path, fix] of [
+    [BUSYBOX, 'install busybox-static'],
+    [kernel.image, 'node scripts/vm-kernel.mjs --refresh'],
+  ] as const) {
+    if (!existsSync(path)) throw new Error(`Cannot build the guest: ${path} is missing. Try: ${fix}`);
+  }
+
+  const parts: [target: string, path: string, mode: number][] = [
+    ['bin/busybox', BUSYBOX, 0o755],
+    ...FILES.map(([from, to]): [string, string, number] => [to, join(source, from), 0o755]),
+    ...MODULES.map((module, n): [string, string, number] => {
+      const name = module.slice(module.lastIndexOf('/') + 1);
+      return [`modules/${String(n).padStart(2, '0')}-${name}`, join(kernel.modules, module), 0o644];
+    }),
+  ];
+  const hash = createHash('sha256');
+  for (const [target, path] of parts) hash.update(`${target}\0`).update(readFileSync(path));
+  const initramfs = join(cache, `initramfs-${hash.digest('hex').slice(0, 16)}.cpio`);
+  if (!existsSync(initramfs)) await build(cache, parts, initramfs);
+  return { kernel: kernel.image, initramfs };
+}
+
+async function build(
+  cache: string,
+  parts: readonly (readonly [target: string, path: string, mode: number])[],
+  initramfs: string,
+): Promise<void> {
+  const work = mkdtempSync(join(cache, 'build-'));
+  try {
+    const root = join(work, 'root');
+    const names = new Set<string>();
+    for (const [target, path, mode] of parts) {
+      const directories = target.split('/').slice(0, -1);
+      for (let depth = 1; depth <= directories.length; depth += 1) names.add(directories.slice(0, depth).join('/'));
+      names.add(target);
+      mkdirSync(dirname(join(root, target)), { recursive: true });
+      copyFileSync(path, join(root, target));
+      chmodSync(join(root, target), mode);
+    }
+    // Not compressed: unpacking is the slow part under emulation.
+    const archive = join(work, 'initramfs');
+    writeFileSync(archive, '');
+    await runTool(['/usr/bin/cpio', '--quiet', '-o', '-H', 'newc', '-R', '0:0', '-D', root, '-F', archive], {
+      input: [...names].join('\n'),
+    });
+    renameSync(archive, initramfs);
+  } finally {
+    rmSync(work, { recursive: true, force: true });
+  }
+}
+
+function parseKernel(text: string, path: string): { readonly image: string; readonly modules: string } {
+  const value: unknown = JSON.parse(text);
+  if (typeof value === 'object' && value !== null && 'image' in value && 'modules' in value) {
+    const { image, modules } = value;
+    if (typeof image === 'string' && typeof modules === 'string') return { image, modules };
+  }
+  throw new Error(`Cannot read ${path}. Try: node scripts/vm-kernel.mjs --refresh`);
+}
+
+/** The end of a guest's console, for the message of a failed test. */
+export function consoleOf(path: string): string {
+  return existsSync(path) ? readFileSync(path, 'latin1').slice(-4000) : '(the guest printed nothing)';
+}
+
+/** Waits until the guest has its address and serves. @throws Error with the end of its console when it does not. */
+export async function guestReady(consolePath: string, limit = 60_000): Promise<void> {
+  const ready = () => (consoleOf(consolePath).includes('guest: ready') ? true : undefined);
+  try {
+    await waitFor('the guest to be ready', ready, limit);
+  } catch (error) {
+    throw new Error(`The guest does not come up. Its console:\n${consoleOf(consolePath)}`, { cause: error });
+  }
+}

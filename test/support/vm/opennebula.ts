@@ -1,0 +1,306 @@
+/**
+ * The side of OpenNebula: the files that oned writes, the stock drivers' folder on a hypervisor, and the way in which
+ * one_vmm_exec calls a driver script there (OpenNebula 6.0 to 7.x).
+ */
+import { spawn } from 'node:child_process';
+import { chmodSync, cpSync, mkdirSync, symlinkSync, writeFileSync } from 'node:fs';
+import { dirname, join } from 'node:path';
+import { fileURLToPath } from 'node:url';
+import type { Host } from './host.ts';
+
+const repository = join(dirname(fileURLToPath(import.meta.url)), '../../..');
+
+export interface TestVm {
+  readonly id: number;
+  readonly name: string;
+  readonly uuid: string;
+  readonly nics: readonly TestNic[];
+}
+
+export interface TestNic {
+  readonly bridge: string;
+  readonly mac: string;
+  readonly ip: string;
+}
+
+export interface DomainBoot {
+  readonly kernel: string;
+  readonly initramfs: string;
+  readonly commandLine: string;
+  /** File that the serial console is written to; made by qemu. */
+  readonly console: string;
+}
+
+/**
+ * The deployment file, in the order and quoting of OpenNebula 7.x: texts in CDATA, attributes in single quotes, the
+ * title raw, one `devices` section for the VM, one for the guest agent, one from RAW. Two deviations that this machine
+ * needs: type qemu (no KVM), and no cputune (no cgroups).
+ */
+export function domainXml(vm: TestVm, boot: DomainBoot): string {
+  const interfaces = vm.nics.map(
+    (nic, n) => `\t\t<interface type='bridge'>
+\t\t\t<source bridge='${nic.bridge}'/>
+\t\t\t<mac address='${nic.mac}'/>
+\t\t\t<target dev='one-${vm.id}-${n}'/>
+\t\t\t<model type='virtio'/>
+\t\t</interface>
+`,
+  );
+  return `<domain type='qemu' xmlns:qemu='http://libvirt.org/schemas/domain/qemu/1.0'>
+\t<name>one-${vm.id}</name>
+\t<title>${vm.name}</title>
+\t<uuid>${vm.uuid}</uuid>
+\t<vcpu><![CDATA[1]]></vcpu>
+\t<memory>196608</memory>
+\t<os>
+\t\t<type arch='x86_64' machine='q35'>hvm</type>
+\t\t<kernel><![CDATA[${boot.kernel}]]></kernel>
+\t\t<initrd><![CDATA[${boot.initramfs}]]></initrd>
+\t\t<cmdline><![CDATA[${boot.commandLine}]]></cmdline>
+\t</os>
+\t<devices>
+\t\t<emulator><![CDATA[/usr/bin/qemu-system-x86_64]]></emulator>
+${interfaces.join('')}\t\t<graphics type='vnc' listen='0.0.0.0' port='${5900 + vm.id}'/>
+\t</devices>
+\t<features>
+\t\t<acpi/>
+\t</features>
+\t<devices>
+\t\t<channel type='unix'>
+\t\t\t<source mode='bind'/><target type='virtio' name='org.qemu.guest_agent.0'/>
+\t\t</channel>
+\t</devices>
+\t<devices><serial type='file'><source path='${boot.console}'/></serial></devices>
+\t<metadata>
+\t\t<one:vm xmlns:one="http://opennebula.org/xmlns/libvirt/1.0">
+\t\t\t<one:system_datastore><![CDATA[/var/lib/one//datastores/0/${vm.id}]]></one:system_datastore>
+\t\t\t<one:name><![CDATA[${vm.name}]]></one:name>
+\t\t\t<one:uname><![CDATA[oneadmin]]></one:uname>
+\t\t\t<one:uid>0</one:uid>
+\t\t\t<one:gname><![CDATA[oneadmin]]></one:gname>
+\t\t\t<one:gid>0</one:gid>
+\t\t\t<one:opennebula_version>7.4.0</one:opennebula_version>
+\t\t\t<one:stime>1787200000</one:stime>
+\t\t\t<one:deployment_time>1787200031</one:deployment_time>
+\t\t\t<one:pci_devices></one:pci_devices>
+\t\t</one:vm>
+\t</metadata>
+</domain>
+`;
+}
+
+/** Element VM as oned prints it: vm.xml beside the deployment file, and part of the action data. One line. */
+export function vmXml(vm: TestVm, hostName: string): string {
+  const cdata = (fields: Readonly<Record<string, string | number>>) =>
+    Object.entries(fields)
+      .map(([name, value]) => `<${name}><![CDATA[${value}]]></${name}>`)
+      .join('');
+  const nics = vm.nics.map((nic, n) => {
+    const fields = {
+      AR_ID: 0,
+      BRIDGE: nic.bridge,
+      BRIDGE_TYPE: 'linux',
+      CLUSTER_ID: 0,
+      IP: nic.ip,
+      MAC: nic.mac,
+      MODEL: 'virtio',
+      NAME: `NIC${n}`,
+      NETWORK: 'ib-nat',
+      NETWORK_ID: 7,
+      NIC_ID: n,
+      SECURITY_GROUPS: 0,
+      TARGET: `one-${vm.id}-${n}`,
+      VN_MAD: 'dummy',
+    };
+    return `<NIC>${cdata(fields)}</NIC>`;
+  });
+  const history =
+    `<HISTORY><OID>${vm.id}</OID><SEQ>0</SEQ><HOSTNAME>${hostName}</HOSTNAME><HID>3</HID><CID>0</CID>` +
+    '<STIME>1787200030</STIME><ETIME>0</ETIME><VM_MAD><![CDATA[kvm-ib]]></VM_MAD><TM_MAD><![CDATA[qcow2]]></TM_MAD>' +
+    '<DS_ID>0</DS_ID></HISTORY>';
+  return (
+    `<VM><ID>${vm.id}</ID><UID>0</UID><GID>0</GID><UNAME>oneadmin</UNAME><GNAME>oneadmin</GNAME>` +
+    `<NAME>${vm.name}</NAME><STATE>3</STATE><LCM_STATE>3</LCM_STATE><STIME>1787200000</STIME><ETIME>0</ETIME>` +
+    `<DEPLOY_ID>${vm.uuid}</DEPLOY_ID><MONITORING/><SCHED_ACTIONS/>` +
+    `<TEMPLATE>${cdata({ CPU: 1, MEMORY: 192 })}${nics.join('')}${cdata({ TEMPLATE_ID: 5, VCPU: 1, VMID: vm.id })}</TEMPLATE>` +
+    `<USER_TEMPLATE>${cdata({ HYPERVISOR: 'kvm' })}</USER_TEMPLATE><HISTORY_RECORDS>${history}</HISTORY_RECORDS></VM>`
+  );
+}
+
+/** VMM_DRIVER_ACTION_DATA, which every action but deploy gets on its standard input since 5.0. One line, no declaration. */
+export function actionData(vm: TestVm, hostName: string): string {
+  return (
+    `<VMM_DRIVER_ACTION_DATA><HOST>${hostName}</HOST><MIGR_HOST/><DEPLOY_ID>${vm.uuid}</DEPLOY_ID>` +
+    '<LOCAL_DEPLOYMENT_FILE/><REMOTE_DEPLOYMENT_FILE/><CHECKPOINT_FILE/><TM_COMMAND/><TM_COMMAND_ROLLBACK/>' +
+    `<DISK_TARGET_PATH/>${vmXml(vm, hostName)}<DATASTORE><ID>0</ID><NAME>system</NAME>` +
+    '<BASE_PATH><![CDATA[/var/lib/one//datastores/0]]></BASE_PATH></DATASTORE></VMM_DRIVER_ACTION_DATA>'
+  );
+}
+
+/** What one_vmm_exec leaves on the hypervisor before it calls deploy. @returns the deployment file's path (first argument). */
+export function writeDeploymentFolder(folder: string, vm: TestVm, hostName: string): string {
+  const home = join(folder, 'datastores', '0', String(vm.id));
+  mkdirSync(home, { recursive: true });
+  writeFileSync(join(home, 'vm.xml'), `${vmXml(vm, hostName)}\n`);
+  writeFileSync(join(home, 'ds.xml'), '<DATASTORE><ID>0</ID></DATASTORE>\n');
+  return join(home, 'deployment.0');
+}
+
+/** Stock-shaped scripts: argv, standard input and output, and exit status as those of OpenNebula's own kvm folder. */
+const STOCK = {
+  deploy: `cat > "$1" || exit 255
+data=$($VIRSH create "$1") || { echo "Could not create domain from $1" >&2; exit 255; }
+$VIRSH dominfo "$(sed -n "s/.*<name>\\(.*\\)<\\/name>.*/\\1/p" "$1" | head -n 1)" | awk '/^UUID:/ { print $2 }'
+`,
+  shutdown: `gone() { ! $VIRSH --readonly dominfo "$1" > /dev/null 2>&1; }
+gone "$1" && exit 0
+$VIRSH shutdown "$1" > /dev/null || { echo "Could not shutdown $1" >&2; exit 1; }
+left=$((SHUTDOWN_TIMEOUT * 5))
+until gone "$1"; do
+  [ "$left" -gt 0 ] || { echo "Timed out shutting down $1" >&2; exit 1; }
+  left=$((left - 1))
+  sleep 0.2
+done
+`,
+  cancel: `$VIRSH --readonly dominfo "$1" > /dev/null 2>&1 || exit 0
+$VIRSH destroy "$1" > /dev/null || { echo "Could not destroy $1" >&2; exit 1; }
+`,
+  reboot: `$VIRSH reboot "$1" > /dev/null
+`,
+  reset: `$VIRSH reset "$1" > /dev/null
+`,
+  save: `$VIRSH save "$1" "$2" > /dev/null
+`,
+  restore: `$VIRSH restore "$1" > /dev/null && rm -f "$1"
+`,
+} as const;
+
+/**
+ * Builds `<folder>/remotes`, what the front-end copies to /var/tmp/one: `vmm/kvm` with stock-shaped scripts and
+ * `vmm/kvm-ib` with ours, links followed as `rsync -L` does. `<folder>/dist` leads to this checkout's bundles, where the
+ * launchers look for them when they are not installed.
+ * @returns the folder of the drivers (…/vmm).
+ */
+export function writeRemotes(folder: string): string {
+  const remotes = join(folder, 'remotes');
+  const etc = join(remotes, 'etc/vmm/kvm');
+  const kvm = join(remotes, 'vmm/kvm');
+  for (const path of [etc, kvm]) mkdirSync(path, { recursive: true });
+  writeFileSync(join(etc, 'kvmrc'), 'export LIBVIRT_URI=qemu:///system\nexport SHUTDOWN_TIMEOUT=30\n');
+  for (const [action, body] of Object.entries(STOCK)) {
+    const path = join(kvm, action);
+    const head = `#!/bin/bash\nsource "$(dirname "$0")/../../etc/vmm/kvm/kvmrc"\nVIRSH="virsh -c $LIBVIRT_URI"\n`;
+    writeFileSync(path, `${head}${body}`);
+    chmodSync(path, 0o755);
+  }
+  cpSync(join(repository, 'drivers/vmm/kvm-ib'), join(remotes, 'vmm/kvm-ib'), { recursive: true, dereference: true });
+  symlinkSync(join(repository, 'dist'), join(folder, 'dist'));
+  return join(remotes, 'vmm');
+}
+
+export interface DriverCall {
+  readonly host: Host;
+  /** Absolute path of the driver script on the host. */
+  readonly script: string;
+  /** The action's own arguments; VM id and host name follow by themselves. */
+  readonly args: readonly string[];
+  /** Payload: the domain XML for deploy, else the action data. */
+  readonly stdin: string;
+  readonly vmId: number;
+  readonly hostName: string;
+  /** Added to the environment of an ssh session. */
+  readonly env?: Readonly<Record<string, string>>;
+  /** Milliseconds; 60 s by default. one_vmm_exec itself has no limit unless told so. */
+  readonly timeout?: number;
+}
+
+export interface DriverAnswer {
+  /** Exit status as one_vmm_exec reads it. */
+  readonly code: number;
+  /** Standard output without the end mark. */
+  readonly stdout: string;
+  /** Standard error without the line that carries the exit status. */
+  readonly stderr: string;
+  /** Milliseconds from the call to the second end mark. */
+  readonly took: number;
+}
+
+/** What sshd gives a session of oneadmin: no sbin. HOME is where a host of these tests may be written to. */
+const SSH_ENV = {
+  PATH: '/usr/local/bin:/usr/bin:/bin:/usr/games',
+  LANG: 'C',
+  HOME: '/var/lib/one',
+  SHELL: '/bin/bash',
+};
+
+const END_OUT = 'EOF_OUT\n';
+// The exit status must begin a line: a script whose standard error ends in the middle of one is never seen to end.
+const END_ERR = /^ExitCode: (\d*) EOF_ERR\n/m;
+
+/**
+ * Calls a driver script as SshStream of one_vmm_exec does: `bash -s` in the host, which reads from its standard input
+ * first whether the script is executable, then the script at the head of a here document, then the payload.
+ * @throws Error when the end marks do not come: there one_vmm_exec would wait for ever.
+ */
+export async function callAsOneVmmExec(call: DriverCall): Promise<DriverAnswer> {
+  const env = Object.entries({ ...SSH_ENV, ...call.env }).map(([name, value]) => `${name}=${value}`);
+  const [program, ...args] = call.host.inside(['/usr/bin/env', '-i', ...env, '/bin/bash', '-s']);
+  const shell = spawn(program, args, { stdio: ['pipe', 'pipe', 'pipe'] });
+  try {
+    let out = '';
+    let err = '';
+    let heard = () => {};
+    const listen = (stream: NodeJS.ReadableStream, add: (text: string) => void) => {
+      stream.setEncoding('utf8').on('data', (text: string) => {
+        add(text);
+        heard();
+      });
+    };
+    listen(shell.stdout, (text) => {
+      out += text;
+    });
+    listen(shell.stderr, (text) => {
+      err += text;
+    });
+    shell.stdin.on('error', () => undefined); // the shell may be gone; the missing end marks tell
+
+    const exchange = (command: string, payload: string): Promise<DriverAnswer> => {
+      const began = Date.now();
+      out = '';
+      err = '';
+      return new Promise((resolve, reject) => {
+        const fail = (why: string) =>
+          reject(new Error(`${call.script}: ${why}\nstdout: ${JSON.stringify(out)}\nstderr: ${JSON.stringify(err)}`));
+        const limit = call.timeout ?? 60_000;
+        const timer = setTimeout(() => fail(`no end marks within ${limit} ms: one_vmm_exec would hang`), limit);
+        shell.once('error', (error) => fail(error.message));
+        shell.once('close', () => fail('the shell ended before the end marks'));
+        heard = () => {
+          if (!out.includes(END_OUT) || !err.includes(' EOF_ERR\n')) return;
+          const end = END_ERR.exec(err);
+          if (end === null) {
+            clearTimeout(timer);
+            fail('its standard error does not end with a line end: one_vmm_exec would wait for ever');
+            return;
+          }
+          clearTimeout(timer);
+          resolve({
+            code: Number(end[1]),
+            stdout: out.replace(END_OUT, ''),
+            stderr: err.replace(END_ERR, ''),
+            took: Date.now() - began,
+          });
+        };
+        shell.stdin.write(`(${command}); echo "ExitCode: $? EOF_ERR" 1>&2; echo "EOF_OUT"\n${payload}`);
+      });
+    };
+
+    const check = await exchange(`if [ ! -x "${call.script}" ]; then exit 42 1>&2; fi`, '');
+    if (check.code === 42) throw new Error(`${call.script} is not an executable file`);
+    const words = [...call.args, String(call.vmId), call.hostName].map((arg) => `'${arg}'`);
+    return await exchange(`cat << 'EOT' | ${call.script} ${words.join(' ')}`, `${call.stdin}\nEOT\n`);
+  } finally {
+    shell.stdin.end('\nexit\n');
+    shell.kill('SIGHUP');
+  }
+}

@@ -23,14 +23,23 @@ export interface HostConntrack extends Conntrack {
   close(): void;
 }
 
-export function createConntrack(): HostConntrack {
+/** What the flushes reach the kernel through; a test hands in a kernel of its own. */
+export interface ConntrackAccess {
+  readonly open: () => Promise<NetlinkSocket>;
+  /** How many entries this network namespace has; infinite when that cannot be read. */
+  readonly entryCount: () => number;
+}
+
+const KERNEL: ConntrackAccess = { open: () => openNetlink(NETLINK_NETFILTER), entryCount };
+
+export function createConntrack(access: ConntrackAccess = KERNEL): HostConntrack {
   let socket: NetlinkSocket | undefined;
   const flush = async (selection: Selection): Promise<number> => {
-    socket ??= await openNetlink(NETLINK_NETFILTER);
+    socket ??= await access.open();
     const open = socket;
     // All are found before the first is deleted: a delete moves what follows it in the kernel's list.
     const found = new Map<string, Flow>();
-    for (const filter of entryCount() < FEW_ENTRIES ? [undefined] : selection.dumps) {
+    for (const filter of access.entryCount() < FEW_ENTRIES ? [undefined] : selection.dumps) {
       for (const flow of dump(open, filter)) {
         if (selection.includes(flow)) found.set(`${flow.wire.id} ${flow.wire.zone} ${flow.wire.original}`, flow);
       }
@@ -55,7 +64,6 @@ export function createConntrack(): HostConntrack {
  */
 const FEW_ENTRIES = 1_000;
 
-/** Entries in this network namespace. */
 function entryCount(): number {
   try {
     return Number.parseInt(readFileSync('/proc/sys/net/netfilter/nf_conntrack_count', 'latin1'), 10);

@@ -3,7 +3,9 @@
  * that asks the kernel for single elements, since `nft get element` fetches the whole set (460 ms at 60,000 elements).
  */
 import { type Ipv4, ipv4Bytes, ipv4FromBytes, type Mac, macBytes, tryParseIpv4, tryParseMac } from '../core/address.ts';
+import { type ErrorCode, KvmIbError, printable } from '../core/errors.ts';
 import type { Elements } from '../core/plan.ts';
+import { NftError, type NftErrorCode } from '../nftables-json/errors.ts';
 import type { Nft } from '../nftables-json/run.ts';
 import { transaction } from '../nftables-json/transaction.ts';
 import type { Command, Element, ElementData, ElementKey, TableListing } from '../nftables-json/types.ts';
@@ -40,8 +42,12 @@ export interface NftEngineOptions {
   readonly reader: ElementReader;
 }
 
-/** @returns the engine; its methods throw NftError for what nft refuses, and what the reader throws */
-export function createNftEngine({ nft, reader }: NftEngineOptions): NatEngine {
+/** @returns the engine; its methods throw KvmIbError for what nft refuses, and what the reader throws */
+export function createNftEngine({ nft: plain, reader }: NftEngineOptions): NatEngine {
+  const nft: Pick<Nft, 'run' | 'listTable'> = {
+    run: (commands) => plain.run(commands).catch(rethrow('Cannot change the table ip kvm_ib')),
+    listTable: (family, name) => plain.listTable(family, name).catch(rethrow('Cannot list the table ip kvm_ib')),
+  };
   return {
     name: 'nft',
     capabilities: { atomic: true, constantLookup: true },
@@ -75,6 +81,24 @@ export function createNftEngine({ nft, reader }: NftEngineOptions): NatEngine {
       // `add` first: a deletion of what is not there is refused, and nft before 1.0.7 has no `destroy`.
       await nft.run(transaction({ add: { table: TABLE } }, { delete: { table: TABLE } }));
     },
+  };
+}
+
+/** What an operator can do about each class of refusal. */
+const REFUSALS: Readonly<Record<NftErrorCode, readonly [ErrorCode, string]>> = {
+  'not-found': ['failed', 'somebody changed the table in between: run `kvm-ib reconcile`, then try again'],
+  exists: ['conflict', 'somebody else wrote into the table: run `kvm-ib status`'],
+  'not-permitted': ['not-permitted', 'run it as root'],
+  'too-old': ['host-lacks', 'install nft 0.9.3 or later, built with JSON'],
+  crashed: ['failed', 'another nft version has made sets that this one cannot read: use one version on a host'],
+  refused: ['failed', 'run `kvm-ib status` to see what differs'],
+};
+
+function rethrow(message: string): (error: unknown) => never {
+  return (error) => {
+    if (!(error instanceof NftError)) throw error;
+    const [code, fix] = REFUSALS[error.code];
+    throw new KvmIbError(code, message, { why: printable(error.message, 400), fix, cause: error });
   };
 }
 

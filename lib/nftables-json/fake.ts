@@ -377,7 +377,8 @@ function list(table: FakeTable): TableListing {
   const maps: ListedMap[] = [];
   for (const { object, elements } of table.sets.values()) {
     const elem = [...elements.values()].map(([key, data]) => [listKey(object, key), data] as const);
-    if ('map' in object) maps.push({ ...object, elem: elem.flatMap(([key, data]) => (data === null ? [] : [[key, data]])) });
+    if ('map' in object)
+      maps.push({ ...object, elem: elem.flatMap(([key, data]) => (data === null ? [] : [[key, data]])) });
     else sets.push({ ...object, elem: elem.map(([key]) => key) });
   }
   const chains = [...table.chains.values()];

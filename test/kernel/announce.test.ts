@@ -80,7 +80,7 @@ describe('on a veth', () => {
   }
 
   const arp = (operation: string, target: string, spa: string) =>
-    `ffffffffffff0200c0a80aca0806${'0001080006040001'.slice(0, -1)}${operation}0200c0a80aca${spa}${target}${spa}`;
+    `ffffffffffff0200c0a80aca0806000108000604000${operation}0200c0a80aca${spa}${target}${spa}`;
 
   it('a neighbour gets a request and a reply for each address', async () => {
     const second = parseIpv4('192.168.10.203');

@@ -85,7 +85,8 @@ export interface Capture {
 }
 
 export interface LoadOptions {
-  readonly isolate?: boolean;
+  /** Names of the networks that are isolated (`ib`, `ib-b`). Default: all. */
+  readonly isolated?: readonly string[];
   /** False: the host has no address of its own on the link, as far as the rule set knows. */
   readonly hostAddress?: boolean;
 }
@@ -313,8 +314,8 @@ function labOf(agent: Agent, layout: Layout, plans: readonly NetworkPlan[]): Lab
     return plan.device;
   };
   const asPair = (pair: number | Pair): Pair => (typeof pair === 'number' ? pairOf(pair) : pair);
-  const spec: Lab['spec'] = (host, { isolate = true, hostAddress = true } = {}) => ({
-    networks: plans.map((plan) => networkOf(plan, isolate)),
+  const spec: Lab['spec'] = (host, { isolated, hostAddress = true } = {}) => ({
+    networks: plans.map((plan) => networkOf(plan, isolated?.includes(plan.name) ?? true)),
     hostAddresses: new Map(
       plans.map((plan): [string, readonly Ipv4[]] => [
         plan.name,

@@ -170,7 +170,7 @@ describe('rtnetlink requests', () => {
   it('name address, prefix length and label of an alias, so that a delete can hit nothing else', () => {
     const local = '08000200' + 'c0a80aca';
     const peer = '08000100' + 'c0a80aca';
-    const label = '0d000300' + Buffer.from('ib0:42-1\0').toString('hex') + '000000';
+    const label = `0d000300${Buffer.from('ib0:42-1\0').toString('hex')}000000`;
     expect(hex(encodeAlias(5, parseIpv4('192.168.10.202'), 'ib0:42-1'))).toBe(
       `0220000005000000${local}${peer}${label}`,
     );
@@ -247,7 +247,7 @@ describe('which connection tracking entries a mapping concerns', () => {
   });
 
   it('asks the kernel for it by a filter on the two tuples', () => {
-    const tuple = (type: string, part: string, value: string) => `1000${type}80` + '0c000180' + `0800${part}00${value}`;
+    const tuple = (type: string, part: string, value: string) => `1000${type}800c0001800800${part}00${value}`;
     expect(hex(encodeDump(mapping.dumps[0]))).toBe(
       '02000000' +
         tuple('01', '01', 'c0a87a02') +

@@ -7,6 +7,7 @@ import { join } from 'node:path';
 import { fileURLToPath } from 'node:url';
 import { afterAll, afterEach, beforeAll, expect, test } from 'vitest';
 import { requireOwnNetns } from '../support/netns.ts';
+import type { GuestImage } from '../support/vm/guest.ts';
 import { consoleOf, guestCommandLine, guestImage, guestReady } from '../support/vm/guest.ts';
 import type { VmLab } from '../support/vm/lab.ts';
 import { BRIDGE, FABRIC, flowsOf, hostState, sha256, startVmLab } from '../support/vm/lab.ts';
@@ -35,6 +36,7 @@ const VM: TestVm = {
   nics: [{ bridge: BRIDGE.name, mac: '02:00:c0:a8:7a:02', ip: GUEST }],
 };
 
+let image: GuestImage;
 let lab: VmLab;
 let drivers: string;
 let env: Record<string, string>;
@@ -58,7 +60,6 @@ function call(action: string, args: readonly string[], stdin: string): Promise<D
 
 /** `kernel` overrides the guest's, to make libvirt refuse the domain. */
 async function deploy(kernel?: string): Promise<DriverAnswer> {
-  const image = await guestImage();
   const xml = domainXml(VM, {
     kernel: kernel ?? image.kernel,
     initramfs: image.initramfs,
@@ -79,6 +80,7 @@ async function expectHostAsBefore(): Promise<void> {
 
 beforeAll(async () => {
   if (!existsSync(PROGRAM)) throw new Error(`${PROGRAM} is missing. Run: npm run build`);
+  image = await guestImage();
   lab = await startVmLab();
   drivers = writeRemotes(lab.host.folder);
   consolePath = join(lab.host.folder, 'console.log');
@@ -98,6 +100,7 @@ beforeAll(async () => {
   env = { KVM_IB_CONFIG: config, KVM_IB_STATE_DIR: stateFolder };
   await kvmIb('reconcile'); // as the boot unit does: it loads the table
   before = await hostState(lab.host);
+  expect(before['ruleset']).toContain('table ip kvm_ib {');
 });
 
 afterEach((context) => {
@@ -189,6 +192,7 @@ test('a deploy that libvirt refuses fails, prints no deploy id, and leaves the h
   expect(answer.code).not.toBe(0);
   expect(answer.stdout.trim()).toBe('');
   expect(answer.stderr).toContain('Could not create domain');
+  expect(await lab.libvirt.active()).toEqual([]);
   await expectHostAsBefore();
 });
 

@@ -1,5 +1,5 @@
 /**
- * The guest of the VM tests: a Debian kernel and an initramfs of busybox that is up in about three seconds under QEMU's
+ * The guest of the VM tests: a Debian kernel and an initramfs of busybox that is up in about four seconds under QEMU's
  * software emulation. It answers ping, echoes bytes over TCP and says from which address they came, runs shell
  * commands sent to it, and powers off on the ACPI button. See `guest/` for what runs inside.
  */
@@ -63,7 +63,7 @@ export function guestCommandLine(net: {
 }
 
 /**
- * Kernel and initramfs, built when what they are made of has changed (0.2 s) and kept in
+ * Kernel and initramfs, built when what they are made of has changed (0.1 s) and kept in
  * ${XDG_CACHE_HOME:-~/.cache}/kvm-ib.
  * @throws Error when the kernel was not fetched (scripts/vm-kernel.mjs does it) or busybox-static or cpio is missing.
  */

@@ -127,7 +127,7 @@ export interface Libvirt {
 const PID_FILE = '/run/libvirtd.pid';
 
 /**
- * Starts libvirtd in the host and waits until virsh gets an answer (0.4 s here). qemu runs as root, without a security
+ * Starts libvirtd in the host and waits until virsh gets an answer. qemu runs as root, without a security
  * driver or cgroups, and writes its console files itself, so virtlogd is not needed.
  */
 export async function startLibvirt(host: Host): Promise<Libvirt> {

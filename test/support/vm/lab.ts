@@ -62,7 +62,7 @@ const ip = (...args: readonly string[]) => runTool(['/usr/sbin/ip', ...args]);
 export async function startVmLab(): Promise<VmLab> {
   // A tmpfs that scripts/in-netns.sh mounted: it vanishes with the namespace even when this process is killed.
   const folder = mkdtempSync('/run/kvm-ib/vm-');
-  const undo: (() => Promise<unknown> | undefined)[] = [async () => rmSync(folder, { recursive: true, force: true })];
+  const undo: (() => Promise<unknown>)[] = [async () => rmSync(folder, { recursive: true, force: true })];
   const stop = async () => {
     const failures: unknown[] = [];
     for (let step = undo.pop(); step !== undefined; step = undo.pop()) {

@@ -225,11 +225,14 @@ export interface DriverAnswer {
   readonly took: number;
 }
 
-/** What sshd gives a session of oneadmin: no sbin. HOME is where a host of these tests may be written to. */
+/**
+ * What sshd gives a session of oneadmin: no sbin. The folder of the node that runs the tests comes last, for machines
+ * that have it elsewhere. HOME is a tmpfs of the host.
+ */
 const SSH_ENV = {
-  PATH: '/usr/local/bin:/usr/bin:/bin:/usr/games',
+  PATH: `/usr/local/bin:/usr/bin:/bin:/usr/games:${dirname(process.execPath)}`,
   LANG: 'C',
-  HOME: '/var/lib/one',
+  HOME: '/run',
   SHELL: '/bin/bash',
 };
 

@@ -10,10 +10,10 @@ import { isatty } from 'node:tty';
 import { KvmIbError, toKvmIbError } from '../core/errors.ts';
 import type { Config, Mapping } from '../core/mapping.ts';
 import { readConfig } from '../host/config-file.ts';
-import { pathsFrom } from '../host/paths.ts';
+import { millisecondsFrom, pathsFrom } from '../host/paths.ts';
 import { interfacesOnBridge, parseDomain, spliceMtu } from '../libvirt/domain.ts';
 import type { Vm } from '../opennebula/action-data.ts';
-import { parseActionData, parseVm } from '../opennebula/action-data.ts';
+import { mayTouchBridges, parseActionData, parseVm } from '../opennebula/action-data.ts';
 import type { ActionCall } from '../opennebula/contract.ts';
 import { failureMessage, failureText, logText, parseActionCall } from '../opennebula/contract.ts';
 import { wishedMappings } from '../opennebula/mappings.ts';
@@ -22,7 +22,9 @@ import type { Ending } from './stock.ts';
 import { endLike, runStock, succeeded } from './stock.ts';
 
 const STDIN_LIMIT = 64 * 1024 * 1024;
-const STDIN_TIMEOUT_MS = 60_000;
+const STDIN_TIMEOUT_MS = millisecondsFrom(process.env['KVM_IB_STDIN_TIMEOUT_MS']) ?? 60_000;
+/** Larger than what OpenNebula writes for a VM. */
+const USUAL_SIZE = 1024 * 1024;
 
 interface Call {
   readonly config: Config;
@@ -45,9 +47,8 @@ async function run(): Promise<Ending> {
   const config = readConfig(pathsFrom(process.env).config);
   const stdin = await readStdin();
   const context: Call = { config, script, args, stdin };
+  if (call.treatment === 'pass' || isForeign(config, stdin)) return runStock(script, args, stdin);
   switch (call.treatment) {
-    case 'pass':
-      return runStock(script, args, stdin);
     case 'sync-before':
       return deploy(context, call);
     case 'release-after':
@@ -55,6 +56,15 @@ async function run(): Promise<Ending> {
     case 'refuse-if-mapped':
       return refuseIfMapped(context, call);
   }
+}
+
+/**
+ * Whether the input can be told, unread, to have nothing to do with kvm-ib. Only asked of one that is larger than our XML
+ * reader cares for: such a VM must not fail on our limits. Any other is read, so that a broken one is refused.
+ */
+function isForeign(config: Config, stdin: Buffer): boolean {
+  const bridges = config.networks.map((network) => network.bridge);
+  return stdin.length > USUAL_SIZE && !mayTouchBridges(stdin.toString('latin1'), bridges);
 }
 
 async function deploy(context: Call, call: Extract<ActionCall, { treatment: 'sync-before' }>): Promise<Ending> {

@@ -1,6 +1,5 @@
 /** Connection tracking entries of this host, over nfnetlink (ctnetlink). Needs CAP_NET_ADMIN. */
 import { readFileSync } from 'node:fs';
-import type { Ipv4 } from '../core/address.ts';
 import {
   CT,
   decodeFlow,
@@ -8,11 +7,9 @@ import {
   encodeDump,
   type Flow,
   type FlowFilter,
-  foreignSelection,
-  mappingSelection,
-  type Selection,
+  selectionOf,
 } from '../link/ctnetlink.ts';
-import type { Conntrack, MappingFlows } from '../link/ports.ts';
+import type { Conntrack } from '../link/ports.ts';
 import { ERRNO, messagesOf, NETLINK_NETFILTER, type NetlinkSocket, openNetlink } from './netlink-socket.ts';
 
 export interface HostConntrack extends Conntrack {
@@ -34,23 +31,24 @@ const KERNEL: ConntrackAccess = { open: () => openNetlink(NETLINK_NETFILTER), en
 
 export function createConntrack(access: ConntrackAccess = KERNEL): HostConntrack {
   let socket: NetlinkSocket | undefined;
-  const flush = async (selection: Selection): Promise<number> => {
-    socket ??= await access.open();
-    const open = socket;
-    // All are found before the first is deleted: a delete moves what follows it in the kernel's list.
-    const found = new Map<string, Flow>();
-    for (const filter of access.entryCount() < FEW_ENTRIES ? [undefined] : selection.dumps) {
-      for (const flow of dump(open, filter)) {
-        if (selection.includes(flow)) found.set(`${flow.wire.id} ${flow.wire.zone} ${flow.wire.original}`, flow);
-      }
-    }
-    let deleted = 0;
-    for (const flow of found.values()) if (remove(open, flow)) deleted += 1;
-    return deleted;
-  };
   return {
-    flushMapping: (flows: MappingFlows) => flush(mappingSelection(flows)),
-    flushForeign: (flows: MappingFlows, stale: readonly Ipv4[]) => flush(foreignSelection(flows, stale)),
+    flush: async (requests) => {
+      if (requests.length === 0) return 0;
+      socket ??= await access.open();
+      const open = socket;
+      const selection = selectionOf(requests);
+      const filtered = selection.dumps.length <= MANY_DUMPS && access.entryCount() >= FEW_ENTRIES;
+      // All are found before the first is deleted: a delete moves what follows it in the kernel's list.
+      const found = new Map<string, Flow>();
+      for (const filter of filtered ? selection.dumps : [undefined]) {
+        for (const flow of dump(open, filter)) {
+          if (selection.includes(flow)) found.set(`${flow.wire.id} ${flow.wire.zone} ${flow.wire.original}`, flow);
+        }
+      }
+      let deleted = 0;
+      for (const flow of found.values()) if (remove(open, flow)) deleted += 1;
+      return deleted;
+    },
     close: () => {
       socket?.close();
       socket = undefined;
@@ -63,6 +61,8 @@ export function createConntrack(access: ConntrackAccess = KERNEL): HostConntrack
  * 10 us. So with few entries one dump of all of them is quicker than one for each filter.
  */
 const FEW_ENTRIES = 1_000;
+/** With more filters than this, one dump of everything is quicker as well: reconcile after a flush of the whole table. */
+const MANY_DUMPS = 32;
 
 function entryCount(): number {
   try {

@@ -6,15 +6,24 @@ export const DEFAULT_STATE_DIR = '/var/lib/kvm-ib';
 export interface Paths {
   readonly config: string;
   readonly state: string;
+  /** Milliseconds to wait for the host lock; undefined: the usual limit. */
+  readonly lockTimeoutMs?: number | undefined;
 }
 
 /** Paths that the environment cannot change. */
 export const FIXED_PATHS: Paths = { config: DEFAULT_CONFIG_PATH, state: DEFAULT_STATE_DIR };
 
-/** Paths for root's own command line and for tests, which may move them. */
+/** Paths for root's own command line and for tests, which may move them. KVM_IB_LOCK_TIMEOUT_MS goes with them. */
 export function pathsFrom(env: NodeJS.ProcessEnv): Paths {
   return {
     config: env['KVM_IB_CONFIG'] ?? FIXED_PATHS.config,
     state: env['KVM_IB_STATE_DIR'] ?? FIXED_PATHS.state,
+    lockTimeoutMs: millisecondsFrom(env['KVM_IB_LOCK_TIMEOUT_MS']),
   };
+}
+
+/** A time limit out of the environment; undefined when there is none, or when it is no number of up to an hour. */
+export function millisecondsFrom(text: string | undefined): number | undefined {
+  if (text === undefined || !/^[0-9]{1,7}$/.test(text)) return undefined;
+  return Math.min(Number(text), 3_600_000);
 }

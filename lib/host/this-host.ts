@@ -32,7 +32,7 @@ export async function createHost(paths: Paths, config: Config = readConfig(paths
     store,
     domains: createDomains(exec),
     processes: { isAlive },
-    withLock: (who, act) => withLock(store.lockPath, { timeoutMs: LOCK_TIMEOUT_MS, who }, act),
+    withLock: (who, act) => withLock(store.lockPath, { timeoutMs: paths.lockTimeoutMs ?? LOCK_TIMEOUT_MS, who }, act),
     now: () => new Date().toISOString(),
   };
 }

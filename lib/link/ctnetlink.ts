@@ -7,7 +7,7 @@
  * reply, a rewritten destination as its source.
  */
 import { type Ipv4, ipv4Bytes, ipv4FromBytes } from '../core/address.ts';
-import type { MappingFlows } from './ports.ts';
+import type { FlushRequest } from './ports.ts';
 import { attribute, attributes, concat, type Message, nested, u8, u16be, u32 } from './wire.ts';
 
 const NFNL_SUBSYS_CTNETLINK = 1 << 8;
@@ -126,19 +126,45 @@ function decodeTuple(bytes: Uint8Array | undefined): Tuple | undefined {
   return { source: ipv4FromBytes(source), destination: ipv4FromBytes(destination) };
 }
 
-/** Some entries of the table: dumps that together cover them, and the test that each must pass. */
-export interface Selection {
+/** What a dump is filtered by in the kernel, and what of it is meant. */
+interface Selection {
   readonly dumps: readonly FlowFilter[];
+  /** Every flow that is meant begins at the guest or at the IB address, or was sent to the IB address. */
+  readonly keys: readonly Ipv4[];
   readonly includes: (flow: Flow) => boolean;
 }
 
+/** All requests as one: many are no dearer to hold a flow against than one. */
+export function selectionOf(requests: readonly FlushRequest[]): Omit<Selection, 'keys'> {
+  const selections = requests.map((request) =>
+    request.kind === 'mapping' ? mappingSelection(request) : foreignSelection(request, request.stale),
+  );
+  const byKey = new Map<Ipv4, Selection[]>();
+  for (const selection of selections) {
+    for (const key of selection.keys) byKey.set(key, [...(byKey.get(key) ?? []), selection]);
+  }
+  return {
+    dumps: selections.flatMap(({ dumps }) => dumps),
+    includes: (flow) =>
+      [flow.original.source, flow.original.destination].some((key) =>
+        byKey.get(key)?.some(({ includes }) => includes(flow)),
+      ),
+  };
+}
+
+interface MappingFlows {
+  readonly guest: Ipv4;
+  readonly address: Ipv4;
+}
+
 /** The entries that the mapping translates: begun by the guest, or sent to its address. */
-export function mappingSelection({ guest, address }: MappingFlows): Selection {
+function mappingSelection({ guest, address }: MappingFlows): Selection {
   return {
     dumps: [
       { original: { source: guest }, reply: { destination: address } },
       { original: { destination: address }, reply: { source: guest } },
     ],
+    keys: [guest, address],
     includes: ({ original, reply }) =>
       (original.source === guest && reply.destination === address) ||
       (original.destination === address && reply.source === guest),
@@ -151,12 +177,13 @@ export function mappingSelection({ guest, address }: MappingFlows): Selection {
  * `stale` address; from the address itself, as when the host or a former guest used it. What another NAT did to the
  * guest's flows (a translation to any other address) is not ours and stays.
  */
-export function foreignSelection(flows: MappingFlows, stale: readonly Ipv4[]): Selection {
+function foreignSelection(flows: MappingFlows, stale: readonly Ipv4[]): Selection {
   const { guest, address } = flows;
   const { includes: isMapping } = mappingSelection(flows);
   const untranslated = new Set<Ipv4>([guest, ...stale]);
   return {
     dumps: [{ original: { destination: address } }, { original: { source: guest } }, { original: { source: address } }],
+    keys: [guest, address],
     includes: (flow) => {
       const { original, reply } = flow;
       if (original.destination === address && reply.source !== guest) return true;

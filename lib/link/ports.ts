@@ -50,19 +50,19 @@ export interface Links {
   setHairpin(port: LinkName, on: boolean): Promise<void>;
 }
 
-export interface MappingFlows {
-  readonly guest: Ipv4;
-  readonly address: Ipv4;
-}
+/** Which connection tracking entries are to go. */
+export type FlushRequest =
+  /** Exactly those that this mapping translates, both directions, all protocols and zones. */
+  | { readonly kind: 'mapping'; readonly guest: Ipv4; readonly address: Ipv4 }
+  /**
+   * Those that are older than the mapping and would go on without it: to the IB address but not to the guest; from the
+   * guest and untranslated, or translated to one of `stale`; from the IB address itself.
+   */
+  | { readonly kind: 'foreign'; readonly guest: Ipv4; readonly address: Ipv4; readonly stale: readonly Ipv4[] };
 
 export interface Conntrack {
-  /** Deletes exactly the entries that this mapping translates, both directions, all protocols and zones. @returns how many. */
-  flushMapping(flows: MappingFlows): Promise<number>;
-  /**
-   * Deletes the entries that are older than the mapping and would go on without it: to the IB address but not to the
-   * guest; from the guest and untranslated, or translated to one of `stale`; from the IB address itself. @returns how many.
-   */
-  flushForeign(flows: MappingFlows, stale: readonly Ipv4[]): Promise<number>;
+  /** Deletes the entries that any of the requests names. @returns how many were deleted */
+  flush(requests: readonly FlushRequest[]): Promise<number>;
 }
 
 export interface AnnounceResult {

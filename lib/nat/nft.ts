@@ -65,7 +65,7 @@ export function createNftEngine({ nft: plain, reader }: NftEngineOptions): NatEn
       if (commands.length > 0) await nft.run(transaction(...commands));
     },
     load: async (spec, pairs) => {
-      const listing = await nft.listTable(TABLE.family, TABLE.name);
+      const listing = await plain.listTable(TABLE.family, TABLE.name).catch(ignoreUnreadable);
       const stale = listing === undefined ? [] : staleChains(listing, spec);
       const comments = Object.fromEntries(pairs.map((pair) => [pair.guest, pair.comment]));
       await nft.run(
@@ -93,6 +93,15 @@ const REFUSALS: Readonly<Record<NftErrorCode, readonly [ErrorCode, string]>> = {
   crashed: ['failed', 'another nft version has made sets that this one cannot read: use one version on a host'],
   refused: ['failed', 'run `kvm-ib status` to see what differs'],
 };
+
+/**
+ * What cannot be listed can still be loaded over; only chains that are not ours any more stay, and do nothing. nft 1.0.6
+ * prints broken JSON for a dormant table, which loading wakes.
+ */
+function ignoreUnreadable(error: unknown): undefined {
+  if (error instanceof NftError && error.code === 'refused') return undefined;
+  return rethrow('Cannot list the table ip kvm_ib')(error);
+}
 
 function rethrow(message: string): (error: unknown) => never {
   return (error) => {

@@ -285,7 +285,8 @@ export function rulesetTag(spec: TableSpec): string {
 export function differences(listing: TableListing, spec: TableSpec): readonly string[] {
   const wanted = build(spec);
   const found: string[] = [];
-  if (listing.table.flags.includes('dormant')) found.push('table: dormant, so it does nothing');
+  // Any flag: nft 1.0.6 prints another word, or broken JSON, where it means `dormant`.
+  if (listing.table.flags.length > 0) found.push('table: has a flag; a dormant table does nothing');
   compareNamed('map', wanted.maps, listing.maps, found);
   compareNamed('set', wanted.sets, listing.sets, found);
   compareNamed('chain', wanted.chains, listing.chains, found);

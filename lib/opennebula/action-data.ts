@@ -95,13 +95,13 @@ export function parseVm(text: string, what = 'the VM data (vm.xml)'): Vm {
 }
 
 /** Markup in which a name can stand without standing in the text letter by letter. */
-const HIDDEN_TEXT = /&#|<!--|<\?(?!xml[ \t\r\n])|\]\]>(?!<\/)|[^>]<!\[CDATA\[/;
+const HIDDEN_TEXT = /&#|<!--|<!DOCTYPE|\0|<\?(?!xml[ \t\r\n])|\]\]>(?!<\/)|[^>]<!\[CDATA\[/;
 
 /**
  * Whether a document may name one of these bridges: a cheap look at the text, so that a VM that has nothing to do with
  * kvm-ib costs no parse and cannot fail on one. `false` is certain. `true` is not: the name may be part of a longer one
  * or of another value, or something in the text (a character reference, a comment or instruction, CDATA glued to other
- * text) could hide a name from a plain search; then parse, and trust what the parser says. Bridge names are ASCII
+ * text, a DOCTYPE with entities of its own, the NULs of UTF-16) could hide a name from a plain search; then parse, and trust what the parser says. Bridge names are ASCII
  * letters, digits and `_.-`, so none of the five named entities can stand for a part of one.
  */
 export function mayTouchBridges(text: string, bridges: readonly string[]): boolean {

@@ -1,7 +1,9 @@
 /** Carries out a plan: in order, each reversible change with its reversal noted first, all of it or none. */
+import type { Ipv4 } from '../core/address.ts';
 import { KvmIbError, toKvmIbError } from '../core/errors.ts';
 import type { Change } from '../core/plan.ts';
 import { describe, reverse } from '../core/plan.ts';
+import type { FlushRequest } from '../link/ports.ts';
 import type { Host } from './host.ts';
 
 export interface Applied {
@@ -19,20 +21,16 @@ export async function apply(host: Host, changes: readonly Change[]): Promise<App
   const done: Change[] = [];
   const warnings: string[] = [];
   let flushed = 0;
-  const announcements: Extract<Change, { kind: 'announce' }>[] = [];
-  for (const change of changes) {
-    if (change.kind === 'announce') {
-      announcements.push(change);
-      continue;
-    }
+  for (const step of stepsOf(changes)) {
     try {
-      const outcome = await perform(host, change);
+      const outcome = await perform(host, step);
       flushed += outcome.flushed;
-      if (outcome.changed) done.push(change);
+      if (outcome.changed) done.push(...step);
     } catch (error) {
-      await undoAll(host, done, change, error);
+      await undoAll(host, done, step, error);
     }
   }
+  const announcements = changes.filter((change) => change.kind === 'announce');
   if (announcements.length > 0) {
     for (const result of await host.announcer.announce(announcements)) {
       if (result.error !== undefined) {
@@ -43,13 +41,34 @@ export async function apply(host: Host, changes: readonly Change[]): Promise<App
   return { flushed, warnings };
 }
 
+/** Changes that one call carries out: a run of conntrack flushes costs one look at the table, anything else stands alone. */
+type Step = readonly [StepChange, ...StepChange[]];
+type StepChange = Exclude<Change, { kind: 'announce' }>;
+type Flush = Extract<Change, { kind: 'flush-mapping' | 'flush-foreign' }>;
+
+function stepsOf(changes: readonly Change[]): readonly Step[] {
+  const steps: [StepChange, ...StepChange[]][] = [];
+  for (const change of changes) {
+    if (change.kind === 'announce') continue;
+    const last = steps.at(-1);
+    if (last !== undefined && isFlush(last[0]) && isFlush(change)) last.push(change);
+    else steps.push([change]);
+  }
+  return steps;
+}
+
+function isFlush(change: Change): change is Flush {
+  return change.kind === 'flush-mapping' || change.kind === 'flush-foreign';
+}
+
 interface Outcome {
   readonly flushed: number;
-  /** False: the kernel was like that already, so there is nothing to undo. */
+  /** False: the kernel was like that already, or there is nothing to undo. */
   readonly changed: boolean;
 }
 
-async function perform(host: Host, change: Exclude<Change, { kind: 'announce' }>): Promise<Outcome> {
+async function perform(host: Host, step: Step): Promise<Outcome> {
+  const [change] = step;
   switch (change.kind) {
     case 'add-alias':
       await host.links.addAlias(change.device, change.address, change.label);
@@ -59,20 +78,27 @@ async function perform(host: Host, change: Exclude<Change, { kind: 'announce' }>
     case 'change-pairs':
       await host.nat.change(change);
       return { flushed: 0, changed: true };
-    case 'flush-mapping':
-      return { flushed: await host.conntrack.flushMapping(change), changed: false };
-    case 'flush-foreign': {
-      const own = host.store.readTable()?.hostAddresses ?? new Map();
-      const network = host.config.networks.find((n) => n.device === change.device);
-      return { flushed: await host.conntrack.flushForeign(change, own.get(network?.name ?? '') ?? []), changed: false };
-    }
     case 'set-mtu':
       await host.links.setMtu(change.link, change.to);
       return { flushed: 0, changed: true };
     case 'set-hairpin':
       await host.links.setHairpin(change.port, change.on);
       return { flushed: 0, changed: true };
+    case 'flush-mapping':
+    case 'flush-foreign':
+      return { flushed: await host.conntrack.flush(flushRequests(host, step.filter(isFlush))), changed: false };
   }
+}
+
+/** What a guest's flow to the fabric may have been translated to before the mapping: the host's own address, by a masquerade. */
+function flushRequests(host: Host, flushes: readonly Flush[]): readonly FlushRequest[] {
+  const own = host.store.readTable()?.hostAddresses ?? new Map<string, readonly Ipv4[]>();
+  const staleOn = new Map(host.config.networks.map((n) => [n.device, own.get(n.name) ?? []]));
+  return flushes.map((flush): FlushRequest => {
+    const { guest, address } = flush;
+    if (flush.kind === 'flush-mapping') return { kind: 'mapping', guest, address };
+    return { kind: 'foreign', guest, address, stale: staleOn.get(flush.device) ?? [] };
+  });
 }
 
 /** An alias that somebody removed in between is as gone as one that we removed. */
@@ -86,14 +112,20 @@ async function deleteAlias(host: Host, change: Extract<Change, { kind: 'delete-a
   }
 }
 
-async function undoAll(host: Host, done: readonly Change[], failed: Change, cause: unknown): Promise<never> {
-  const error = toKvmIbError(cause, `Cannot apply "${describe(failed).join('; ')}"`);
+function addedPairs(change: Extract<Change, { kind: 'change-pairs' }>): readonly FlushRequest[] {
+  return change.add.guestToIb.map(({ guest, address }) => ({ kind: 'mapping', guest, address }));
+}
+
+async function undoAll(host: Host, done: readonly Change[], failed: Step, cause: unknown): Promise<never> {
+  const error = toKvmIbError(cause, `Cannot apply "${failed.flatMap(describe).join('; ')}"`);
   const reversalErrors: string[] = [];
   for (const change of [...done].reverse()) {
     const back = reverse(change);
     if (back === undefined || back.kind === 'announce') continue;
     try {
-      await perform(host, back);
+      await perform(host, [back]);
+      // Flows that began while the pair was in keep their translation; they must not outlive it.
+      if (change.kind === 'change-pairs') await host.conntrack.flush(addedPairs(change));
     } catch (reversalCause) {
       const reversalError = toKvmIbError(reversalCause);
       reversalErrors.push(`${describe(back).join('; ')}: ${reversalError.message}: ${reversalError.why ?? ''}`);

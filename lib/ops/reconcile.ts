@@ -125,6 +125,7 @@ async function reconcileLocked(host: Host, dryRun: boolean): Promise<ReconcileRe
   const want = intent.want.filter(usable);
 
   const table = tableDifferences(view);
+  const missing = plan({ want, release: [] }, view.observed).filter((change) => change.kind === 'flush-foreign');
   if (table.length > 0 && !dryRun) {
     const keep = distinctPairs([
       ...intent.want,
@@ -140,7 +141,9 @@ async function reconcileLocked(host: Host, dryRun: boolean): Promise<ReconcileRe
   }
   const strays = intent.unreadable.length > 0 ? [] : strayPairs(host, intent, view.observed);
   const release = [...intent.release, ...strays];
-  const changes = plan({ want, release }, view.observed);
+  // Loading the table brought missing pairs back as well: flows that began without them go on without them.
+  const again = table.length > 0 && !dryRun ? missing : [];
+  const changes = [...again, ...plan({ want, release }, view.observed)];
   const summary = {
     changes,
     table,

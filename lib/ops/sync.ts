@@ -270,8 +270,14 @@ async function ensureTable(host: Host, mappings: readonly Mapping[]): Promise<vo
     const error = ownAddressInRange(network, spec.hostAddresses.get(network.name) ?? []);
     if (error !== undefined && mappings.some((m) => m.network === network.name)) throw error;
   }
-  await host.nat.load(spec, distinctPairs(host.store.all().files.flatMap((file) => file.mappings)).map(pairOf));
+  const all = distinctPairs(host.store.all().files.flatMap((file) => file.mappings));
+  await host.nat.load(spec, all.map(pairOf));
   host.store.writeTable({ hostAddresses: spec.hostAddresses });
+  // Flows that began while the table was away go on without translation until their entries go.
+  if (!table) {
+    const stale = [...spec.hostAddresses.values()].flat();
+    await host.conntrack.flush(all.map(({ guest, address }) => ({ kind: 'foreign', guest, address, stale })));
+  }
 }
 
 /** Mappings without a second one for the same guest or IB address; the first stands. */

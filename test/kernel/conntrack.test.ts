@@ -121,27 +121,27 @@ describe.each([
     tuples: [`10.1.${n >> 8}.${n & 255}`, outside, outside, `10.1.${n >> 8}.${n & 255}`],
   }));
 
-  it('flushMapping deletes what the mapping translates, of every protocol and zone, and nothing else', async () => {
+  it('a flush of a mapping deletes what the mapping translates, of every protocol and zone, and nothing else', async () => {
     const kept = planting(...others, ...foreign, ...inTheWay);
     expect(kept).toHaveLength(crowd + foreign.length + inTheWay.length);
     expect(planting(...translated)).toHaveLength(translated.length);
-    expect(await conntrack.flushMapping(mapping)).toBe(translated.length);
+    expect(await conntrack.flush([{ kind: 'mapping', ...mapping }])).toBe(translated.length);
     expect(entries()).toEqual(kept);
-    expect(await conntrack.flushMapping(mapping)).toBe(0);
+    expect(await conntrack.flush([{ kind: 'mapping', ...mapping }])).toBe(0);
   });
 
-  it('flushForeign deletes what stands in the way of the mapping, and neither its own nor those of others', async () => {
+  it('a flush of foreign entries deletes what stands in the way of the mapping, and neither its own nor those of others', async () => {
     const kept = planting(...others, ...foreign, ...translated);
     expect(planting(...inTheWay)).toHaveLength(inTheWay.length);
-    expect(await conntrack.flushForeign(mapping, [staleAddress])).toBe(inTheWay.length);
+    expect(await conntrack.flush([{ kind: 'foreign', ...mapping, stale: [staleAddress] }])).toBe(inTheWay.length);
     expect(entries()).toEqual(kept);
-    expect(await conntrack.flushForeign(mapping, [staleAddress])).toBe(0);
+    expect(await conntrack.flush([{ kind: 'foreign', ...mapping, stale: [staleAddress] }])).toBe(0);
   });
 
   it('a translation that nobody calls stale stays', async () => {
     plant(...others);
     const kept = planting({ tuples: [guest, outside, outside, staleAddress] });
-    expect(await conntrack.flushForeign(mapping, [])).toBe(0);
+    expect(await conntrack.flush([{ kind: 'foreign', ...mapping, stale: [] }])).toBe(0);
     expect(entries()).toEqual(expect.arrayContaining([...kept]));
   });
 });
@@ -189,7 +189,7 @@ describe('with packets through real NAT', () => {
     chain post { type nat hook postrouting priority 95; ip saddr ${guest} oifname kct2 snat to ${address}; }
   }`;
 
-  it('flushForeign frees the flows that were there before the mapping, so that the next packet is translated', async () => {
+  it('a flush of foreign entries frees the flows that were there before the mapping, so that the next packet is translated', async () => {
     nft(`add table ip kct
       delete table ip kct
       table ip kct {
@@ -202,14 +202,14 @@ describe('with packets through real NAT', () => {
     nft(nat);
     inside('kctguest', fixed(4001));
     expect(entries().filter((entry) => entry.includes(`dst=${address} sport=9 dport=4001`))).toHaveLength(0);
-    expect(await conntrack.flushForeign(mapping, [])).toBe(1);
+    expect(await conntrack.flush([{ kind: 'foreign', ...mapping, stale: [] }])).toBe(1);
     inside('kctguest', fixed(4001));
     const after = entries().filter((entry) => entry.includes(untranslated));
     expect(after).toHaveLength(1);
     expect(after[0]).toContain(`dst=${address} sport=9 dport=4001`);
   });
 
-  it('flushMapping deletes the entries of ICMP, UDP and TCP, both ways', async () => {
+  it('a flush of a mapping deletes the entries of ICMP, UDP and TCP, both ways', async () => {
     nft(`add table ip kct\ndelete table ip kct\n${nat}`);
     talk('kctguest', 'kctoutside', outside);
     talk('kctoutside', 'kctguest', address);
@@ -222,8 +222,8 @@ describe('with packets through real NAT', () => {
       expect(begun(protocol, outside, address)).toHaveLength(1);
     }
     expect(own).toHaveLength(6);
-    expect(await conntrack.flushForeign(mapping, [])).toBe(0);
-    expect(await conntrack.flushMapping(mapping)).toBe(6);
+    expect(await conntrack.flush([{ kind: 'foreign', ...mapping, stale: [] }])).toBe(0);
+    expect(await conntrack.flush([{ kind: 'mapping', ...mapping }])).toBe(6);
     expect(entries()).toEqual(kept);
   });
 });
@@ -232,7 +232,7 @@ it('says when the rights are missing', async () => {
   const poor = createConntrack();
   process.seteuid?.(65534);
   try {
-    await expect(poor.flushMapping(mapping)).rejects.toMatchObject({ code: 'not-permitted' });
+    await expect(poor.flush([{ kind: 'mapping', ...mapping }])).rejects.toMatchObject({ code: 'not-permitted' });
   } finally {
     process.seteuid?.(0);
     poor.close();

@@ -159,11 +159,16 @@ describe('the table', () => {
       ['add map ip kvm_ib extra { type mark : mark; }', ['map extra: unknown']],
       ['add counter ip kvm_ib extra', ['counter extra: unknown']],
       ['add chain ip kvm_ib guard_input { policy drop; }', ['chain guard_input: changed']],
-      ['add table ip kvm_ib { flags dormant; }', ['table: dormant, so it does nothing']],
-      ['add element ip kvm_ib guest_to_ib { 192.168.122.2 : 192.168.10.202 comment "one-1 nic 0" }', []],
+      ['add element ip kvm_ib guest_to_ib { 192.168.122.2 comment "one-1 nic 0" : 192.168.10.202 }', []],
     ])('%s: differences name it', async (command, expected) => {
       await nftText(command);
       expect(differences(await listing(), ONE)).toEqual(expected);
+    });
+
+    test('a dormant table is a difference', async () => {
+      const listed = await listing();
+      const dormant = { ...listed, table: { ...listed.table, flags: ['dormant'] } };
+      expect(differences(dormant, ONE)).toEqual(['table: has a flag; a dormant table does nothing']);
     });
 
     test('a rule of no comment is named by its handle', async () => {
@@ -281,6 +286,15 @@ describe('the engine', () => {
     expect((await engine.list(ONE)).differences).toEqual([]);
   });
 
+  test('load wakes a dormant table', async () => {
+    await engine.load(ONE, [bound]);
+    await nftText('add table ip kvm_ib { flags dormant; }');
+    expect(await listText()).toContain('dormant');
+    await engine.load(ONE, [bound]);
+    expect(await listText()).not.toContain('dormant');
+    expect((await engine.list(ONE)).differences).toEqual([]);
+  });
+
   test('changes pairs in one transaction: all or nothing', async () => {
     await engine.load(ONE, [bound]);
     const mapping = { guest: bound.guest, address: bound.address };
@@ -288,13 +302,13 @@ describe('the engine', () => {
     const remove = { guestToIb: [mapping], ibToGuest: [mapping], macs: [], unbound: [] };
     const add = { guestToIb: [moved], ibToGuest: [moved], macs: [], unbound: [free.guest] };
     await engine.change({ remove: nothing.remove, add: nothing.remove, comments: {} });
-    await expect(engine.change({ ...nothing, add })).rejects.toMatchObject({ code: 'exists' });
+    await expect(engine.change({ ...nothing, add })).rejects.toMatchObject({ code: 'conflict' });
     expect(await engine.lookup([free])).toMatchObject({ guestToIb: new Map(), unbound: new Set() });
     await engine.change({ remove, add, comments: { [free.guest]: 'one-43 nic 1 ib' } });
     expect((await engine.list(ONE)).guestToIb).toEqual(new Map([[free.guest, bound.address]]));
     expect((await engine.list(ONE)).ibToGuest).toEqual(new Map([[bound.address, free.guest]]));
     await expect(engine.change({ ...nothing, remove, add: nothing.remove })).rejects.toMatchObject({
-      code: 'not-found',
+      code: 'failed',
     });
   });
 });
@@ -303,6 +317,7 @@ describe('loading the rule set again under traffic', () => {
   let lab: Lab;
   beforeAll(async () => {
     lab = await createLab();
+    await lab.sysctl('h1', 'net.bridge.bridge-nf-call-iptables', 0);
     await lab.load('h1');
     await lab.load('h2');
     await lab.map('h1', 11, 12);
@@ -321,6 +336,7 @@ describe('loading the rule set again under traffic', () => {
       ['h1', '192.168.10.11'],
     ] as const;
     const streams = await Promise.all(ends.map(([from, to]) => lab.stream('tcp', from, to)));
+    expect(streams.map(({ greeting }) => greeting)).toEqual(ends.map(() => expect.stringContaining(' > ')));
     for (let round = 0; round < 10; round++) {
       await lab.load('h1', round % 2 === 0 ? { hostAddress: false } : {});
       const alive = await Promise.all(streams.map((stream) => stream.exchange()));

@@ -69,30 +69,30 @@ const refused = (errno: number): Reply => ({ kind: 'refused', errno, text: undef
 describe('conntrack', () => {
   it('dumps without a filter where the kernel refuses one, and judges the entries itself', async () => {
     const { conntrack, calls } = kernel(table, refused(22), ok, 5_000);
-    expect(await conntrack.flushMapping({ guest, address })).toBe(2);
+    expect(await conntrack.flush([{ kind: 'mapping', guest, address }])).toBe(2);
     expect(calls).toEqual(['filtered dump', 'dump', 'filtered dump', 'dump', 'delete', 'delete']);
   });
 
   it('judges the entries itself where an old kernel ignores the filter', async () => {
     const { conntrack, calls } = kernel(table, { kind: 'ok', messages: table, interrupted: false }, ok, 5_000);
-    expect(await conntrack.flushMapping({ guest, address })).toBe(2);
+    expect(await conntrack.flush([{ kind: 'mapping', guest, address }])).toBe(2);
     expect(calls).toEqual(['filtered dump', 'filtered dump', 'delete', 'delete']);
   });
 
   it('asks once for everything where there is little', async () => {
     const { conntrack, calls } = kernel(table, refused(22), ok, 3);
-    expect(await conntrack.flushMapping({ guest, address })).toBe(2);
+    expect(await conntrack.flush([{ kind: 'mapping', guest, address }])).toBe(2);
     expect(calls).toEqual(['dump', 'delete', 'delete']);
   });
 
   it('does not count what was gone before it was deleted', async () => {
     const { conntrack } = kernel(table, ok, refused(2), 3);
-    expect(await conntrack.flushMapping({ guest, address })).toBe(0);
+    expect(await conntrack.flush([{ kind: 'mapping', guest, address }])).toBe(0);
   });
 
   it('reports what the kernel refuses to delete', async () => {
     const { conntrack } = kernel(table, ok, refused(1), 3);
-    await expect(conntrack.flushMapping({ guest, address })).rejects.toMatchObject({
+    await expect(conntrack.flush([{ kind: 'mapping', guest, address }])).rejects.toMatchObject({
       code: 'not-permitted',
       message: 'Cannot delete the connection tracking entry of 192.168.122.2 to 192.168.10.100',
     });

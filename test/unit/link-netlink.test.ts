@@ -2,15 +2,7 @@ import fc from 'fast-check';
 import { describe, expect, it } from 'vitest';
 import { parseIpv4 } from '../../lib/core/address.ts';
 import { decodeElement } from '../../lib/host/nf-tables-read.ts';
-import {
-  CT,
-  decodeFlow,
-  encodeDelete,
-  encodeDump,
-  type Flow,
-  foreignSelection,
-  mappingSelection,
-} from '../../lib/link/ctnetlink.ts';
+import { CT, decodeFlow, encodeDelete, encodeDump, type Flow, selectionOf } from '../../lib/link/ctnetlink.ts';
 import {
   decodeAddress,
   decodeLink,
@@ -197,8 +189,8 @@ describe('which connection tracking entries a mapping concerns', () => {
     reply: { source: parseIpv4(replyFrom), destination: parseIpv4(replyTo) },
     wire: { original: new Uint8Array(), id: undefined, zone: undefined },
   });
-  const mapping = mappingSelection({ guest, address });
-  const foreign = foreignSelection({ guest, address }, [stale, address]);
+  const mapping = selectionOf([{ kind: 'mapping', guest, address }]);
+  const foreign = selectionOf([{ kind: 'foreign', guest, address, stale: [stale, address] }]);
 
   it.each<[string, Flow, 'mapping' | 'foreign' | 'neither']>([
     ['guest to outside through the mapping', flow(guest, outside, outside, address), 'mapping'],

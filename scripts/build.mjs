@@ -61,7 +61,11 @@ copyFileSync(join(koffi, `linux_${arch}`, 'koffi.node'), join(dist, 'koffi.node'
 const netlink = dirname(require.resolve('netlink/package.json'));
 copyFileSync(join(netlink, 'prebuilds', `linux-${arch}`, 'node.napi.node'), join(dist, 'netlink.node'));
 
-execFileSync(process.execPath, [join(root, 'node_modules/typescript/bin/tsc'), '-p', join(root, 'tsconfig.build.json')], {
-  stdio: 'inherit',
-});
+execFileSync(
+  process.execPath,
+  [join(root, 'node_modules/typescript/bin/tsc'), '-p', join(root, 'tsconfig.build.json')],
+  {
+    stdio: 'inherit',
+  },
+);
 cpSync(join(root, 'lib/nftables-json/README.md'), join(dist, 'lib/nftables-json/README.md'), { force: true });

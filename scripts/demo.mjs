@@ -5,7 +5,18 @@ import { spawnSync } from 'node:child_process';
 import { cpSync, mkdirSync, mkdtempSync, rmSync, writeFileSync } from 'node:fs';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
-import { buildIfStale, environment, fail, installModules, installPackages, isRoot, PACKAGES, requireNode, root, run } from './setup.mjs';
+import {
+  buildIfStale,
+  environment,
+  fail,
+  installModules,
+  installPackages,
+  isRoot,
+  PACKAGES,
+  requireNode,
+  root,
+  run,
+} from './setup.mjs';
 
 const IP = '/usr/sbin/ip';
 const HOST = 'kvmib01';
@@ -31,7 +42,9 @@ const demo = { ...environment, KVM_IB_CONFIG: join(work, 'kvm-ib.yaml'), KVM_IB_
 let failures = 0;
 try {
   buildLab();
-  say('Two guests are deployed, as OpenNebula does it: one_vmm_exec calls the driver with the domain XML on standard input.');
+  say(
+    'Two guests are deployed, as OpenNebula does it: one_vmm_exec calls the driver with the domain XML on standard input.',
+  );
   for (const guest of GUESTS) deploy(guest);
 
   say('The outside reaches each guest at its own IB address, and sees the guests by it.');
@@ -126,7 +139,11 @@ function deploy(guest) {
 }
 
 function shutdown(guest) {
-  driver('shutdown', [`one-${guest.vm}`, HOST, String(guest.vm), HOST], `<VMM_DRIVER_ACTION_DATA>${vmXml(guest)}</VMM_DRIVER_ACTION_DATA>`);
+  driver(
+    'shutdown',
+    [`one-${guest.vm}`, HOST, String(guest.vm), HOST],
+    `<VMM_DRIVER_ACTION_DATA>${vmXml(guest)}</VMM_DRIVER_ACTION_DATA>`,
+  );
 }
 
 /** The call of one_vmm_exec: a here-document into the script, its arguments in single quotes. */

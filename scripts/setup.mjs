@@ -16,7 +16,12 @@ export const PACKAGES = {
 };
 
 /** Environment for children: no loader options of the caller, and the directories of system programs. */
-export const environment = { ...process.env, NODE_EXTRA_CA_CERTS: '', NODE_OPTIONS: '', PATH: `${process.env.PATH}:/usr/sbin:/sbin` };
+export const environment = {
+  ...process.env,
+  NODE_EXTRA_CA_CERTS: '',
+  NODE_OPTIONS: '',
+  PATH: `${process.env.PATH}:/usr/sbin:/sbin`,
+};
 
 /** Runs a program with our streams; ends this process with its status when it fails. */
 export function run(argv, options = {}) {
@@ -39,7 +44,9 @@ function quiet(argv) {
 /** Installs the Debian packages that are missing. @returns those that are still missing (not root, not Debian) */
 export function installPackages(wanted) {
   if (quiet(['dpkg-query', '--version']).status !== 0) return wanted;
-  const missing = wanted.filter((name) => !quiet(['dpkg-query', '-W', '-f', '${Status}', name]).stdout?.includes('install ok installed'));
+  const missing = wanted.filter(
+    (name) => !quiet(['dpkg-query', '-W', '-f', '${Status}', name]).stdout?.includes('install ok installed'),
+  );
   if (missing.length === 0 || !isRoot) return missing;
   console.log(`installing ${missing.join(' ')}`);
   const apt = { env: { ...environment, DEBIAN_FRONTEND: 'noninteractive' } };
@@ -53,7 +60,8 @@ export function installModules() {
   const stamp = join(root, 'node_modules/.package-lock.json');
   if (existsSync(stamp) && statSync(stamp).mtimeMs >= statSync(join(root, 'package-lock.json')).mtimeMs) return;
   console.log('installing node_modules (npm ci)');
-  run(['npm', 'ci', '--ignore-scripts', '--no-audit', '--no-fund', '--loglevel=error']);
+  // The caller's own environment: its registry may need certificates of its own.
+  run(['npm', 'ci', '--ignore-scripts', '--no-audit', '--no-fund', '--loglevel=error'], { env: process.env });
 }
 
 function newest(path) {
@@ -66,12 +74,14 @@ function newest(path) {
 export function buildIfStale() {
   const made = join(root, 'dist/kvm-ib.mjs');
   const sources = ['lib', 'scripts/build.mjs', 'package.json'].map((name) => newest(join(root, name)));
-  if (existsSync(made) && existsSync(join(root, 'dist/lib/index.js')) && statSync(made).mtimeMs > Math.max(...sources)) return;
+  if (existsSync(made) && existsSync(join(root, 'dist/lib/index.js')) && statSync(made).mtimeMs > Math.max(...sources))
+    return;
   console.log('building dist/');
   run([process.execPath, 'scripts/build.mjs']);
 }
 
 export function requireNode() {
   const [major = 0, minor = 0] = process.versions.node.split('.').map(Number);
-  if (major < 20 || (major === 20 && minor < 11)) fail(`Node ${process.versions.node} is too old: install Node 20.11 or later`);
+  if (major < 20 || (major === 20 && minor < 11))
+    fail(`Node ${process.versions.node} is too old: install Node 20.11 or later`);
 }

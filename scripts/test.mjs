@@ -4,7 +4,18 @@ import { spawnSync } from 'node:child_process';
 import { mkdtempSync, readFileSync, rmSync } from 'node:fs';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
-import { buildIfStale, environment, fail, installModules, installPackages, isRoot, PACKAGES, requireNode, root, run } from './setup.mjs';
+import {
+  buildIfStale,
+  environment,
+  fail,
+  installModules,
+  installPackages,
+  isRoot,
+  PACKAGES,
+  requireNode,
+  root,
+  run,
+} from './setup.mjs';
 
 requireNode();
 const ci = process.env.CI === 'true';
@@ -29,7 +40,16 @@ let skipped = 0;
 function vitest(project, prefix = []) {
   console.log(`\n${project} tests`);
   const report = join(reports, `${project}.json`);
-  const argv = [...prefix, bin('vitest'), 'run', '--project', project, '--reporter=default', '--reporter=json', `--outputFile.json=${report}`];
+  const argv = [
+    ...prefix,
+    bin('vitest'),
+    'run',
+    '--project',
+    project,
+    '--reporter=default',
+    '--reporter=json',
+    `--outputFile.json=${report}`,
+  ];
   const result = spawnSync(argv[0], argv.slice(1), { stdio: 'inherit', cwd: root, env: environment });
   const counts = readCounts(report);
   passed += counts.passed;
@@ -52,6 +72,8 @@ const leftOut = [];
 const inNetns = [join(root, 'scripts/in-netns.sh')];
 if (isRoot && missing.length === 0) {
   vitest('kernel', inNetns);
+  // Before the namespace is entered: there is no network inside.
+  run([process.execPath, 'scripts/vm-kernel.mjs']);
   vitest('vm', inNetns);
 } else {
   leftOut.push('kernel tests (network namespaces)', 'vm tests (libvirt, QEMU)');

@@ -245,7 +245,7 @@ export function networkOfGuest(config: Config, guest: Ipv4): Network | undefined
   return config.networks.find((network) => rangeContains(network.guests, guest));
 }
 
-export function networkOfBridge(config: Config, bridge: string): Network | undefined {
+export function networkOfBridge(config: Config, bridge: string | null): Network | undefined {
   return config.networks.find((network) => network.bridge === bridge);
 }
 

@@ -23,8 +23,6 @@ import { endLike, runStock, succeeded } from './stock.ts';
 
 const STDIN_LIMIT = 64 * 1024 * 1024;
 const STDIN_TIMEOUT_MS = millisecondsFrom(process.env['KVM_IB_STDIN_TIMEOUT_MS']) ?? 60_000;
-/** Larger than what OpenNebula writes for a VM. */
-const USUAL_SIZE = 1024 * 1024;
 
 interface Call {
   readonly config: Config;
@@ -47,8 +45,9 @@ async function run(): Promise<Ending> {
   const config = readConfig(pathsFrom(process.env).config);
   const stdin = await readStdin();
   const context: Call = { config, script, args, stdin };
-  if (call.treatment === 'pass' || isForeign(config, stdin)) return runStock(script, args, stdin);
   switch (call.treatment) {
+    case 'pass':
+      return runStock(script, args, stdin);
     case 'sync-before':
       return deploy(context, call);
     case 'release-after':
@@ -58,19 +57,11 @@ async function run(): Promise<Ending> {
   }
 }
 
-/**
- * Whether the input can be told, unread, to have nothing to do with kvm-ib. Only asked of one that is larger than our XML
- * reader cares for: such a VM must not fail on our limits. Any other is read, so that a broken one is refused.
- */
-function isForeign(config: Config, stdin: Buffer): boolean {
-  const bridges = config.networks.map((network) => network.bridge);
-  return stdin.length > USUAL_SIZE && !mayTouchBridges(stdin.toString('latin1'), bridges);
-}
-
 async function deploy(context: Call, call: Extract<ActionCall, { treatment: 'sync-before' }>): Promise<Ending> {
   const { config, script, args, stdin } = context;
   // latin1: each byte is one character, so the XML goes out as it came in, whatever its encoding.
   const xml = stdin.toString('latin1');
+  if (isForeign(config, xml, 'domain')) return runStock(script, args, stdin);
   const domain = parseDomain(xml);
   if (!config.networks.some((network) => interfacesOnBridge(domain, network.bridge).length > 0)) {
     return runStock(script, args, stdin);
@@ -102,7 +93,9 @@ async function deploy(context: Call, call: Extract<ActionCall, { treatment: 'syn
 
 async function release(context: Call, call: Extract<ActionCall, { treatment: 'release-after' }>): Promise<Ending> {
   const { config, script, args, stdin } = context;
-  const { vm } = parseActionData(stdin.toString('latin1'));
+  const data = stdin.toString('latin1');
+  if (isForeign(config, data, 'VMM_DRIVER_ACTION_DATA')) return runStock(script, args, stdin);
+  const { vm } = parseActionData(data);
   requireVm(vm, call.vmId);
   const ending = await runStock(script, args, stdin);
   if (!succeeded(ending) || !touches(config, vm)) return ending;
@@ -121,13 +114,30 @@ async function refuseIfMapped(
   context: Call,
   call: Extract<ActionCall, { treatment: 'refuse-if-mapped' }>,
 ): Promise<Ending> {
-  const { vm } = parseActionData(context.stdin.toString('latin1'));
+  const data = context.stdin.toString('latin1');
+  if (isForeign(context.config, data, 'VMM_DRIVER_ACTION_DATA')) {
+    return runStock(context.script, context.args, context.stdin);
+  }
+  const { vm } = parseActionData(data);
   requireVm(vm, call.vmId);
   if (!touches(context.config, vm)) return runStock(context.script, context.args, context.stdin);
   throw new KvmIbError('unsupported', `Cannot ${call.action} VM ${vm.id}`, {
     why: `it has a NIC on a bridge of kvm-ib, and this version does not do ${call.action} for such a VM yet`,
     fix: 'power the VM off and deploy it anew instead',
   });
+}
+
+/**
+ * A whole document in which none of our bridges can stand: not ours to judge, so it costs no parse and cannot fail on
+ * one. What is cut off, or is another kind of document, is looked at.
+ */
+function isForeign(config: Config, text: string, root: string): boolean {
+  const bridges = config.networks.map((network) => network.bridge);
+  return (
+    new RegExp(`^\\s*(?:<\\?xml[^>]*\\?>\\s*)?<${root}[\\s>]`).test(text.slice(0, 1000)) &&
+    text.slice(-1000).trimEnd().endsWith(`</${root}>`) &&
+    !mayTouchBridges(text, bridges)
+  );
 }
 
 function touches(config: Config, vm: Vm): boolean {

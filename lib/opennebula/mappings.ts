@@ -13,6 +13,7 @@ import {
   tryParseIpv4,
   tryParseMac,
 } from '../core/address.ts';
+import { networkOfBridge } from '../core/config.ts';
 import { KvmIbError, printable } from '../core/errors.ts';
 import type { Config, Mapping, Network } from '../core/mapping.ts';
 import { aliasLabel } from '../core/mapping.ts';
@@ -86,10 +87,6 @@ export function addressFromMac(mac: Mac): Ipv4 {
       .subarray(2)
       .reduce((sum, byte) => sum * 256 + byte, 0),
   );
-}
-
-function networkOfBridge(config: Config, bridge: string | null): Network | undefined {
-  return bridge === null ? undefined : config.networks.find((network) => network.bridge === bridge);
 }
 
 function mappingOf(

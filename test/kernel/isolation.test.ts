@@ -218,6 +218,29 @@ async function collect(captures: readonly Capture[], last: (packet: Packet) => b
   return seen;
 }
 
+describe('a packet that somebody exempts from connection tracking, so that NAT never sees it', () => {
+  let lab: Lab;
+  beforeAll(async () => {
+    lab = await createLab({ guests: { h1: [11] } });
+    await lab.load('h1');
+    await lab.map('h1', 11);
+    const rules =
+      'table ip other { chain raw { type filter hook prerouting priority -300; udp dport 4242 notrack; }; }';
+    await lab.exec('h1', ['/usr/sbin/nft', rules]);
+  });
+  afterAll(() => lab?.close());
+
+  test('does not leave by the link with the guest address', async () => {
+    const fabric = await lab.capture('fabric', 'h1-ib0');
+    await lab.send('g11', udpPacket({ source: `${GUEST}.11`, destination: `${IB}.100` }, 4242, 4242));
+    expect(await lab.reachAll('g11', `${IB}.100`)).toBe(`out: ${IB}.11 > ${IB}.100`);
+    expect(await lab.dropped('h1', 'must stay 0')).toBe(1);
+    const packets = await fabric.stop();
+    expect(packets.filter(({ destinationPort }) => destinationPort === 4242)).toEqual([]);
+    expect(packets.filter(({ destinationPort }) => destinationPort === 7000).length).toBeGreaterThan(0);
+  });
+});
+
 describe('a network with isolate: false', () => {
   let lab: Lab;
   beforeAll(async () => {

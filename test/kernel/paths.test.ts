@@ -1,5 +1,6 @@
 /** Every path between guests, hosts, fabric and outside, with real packets: what each side sees of the other. */
 import { afterAll, beforeAll, describe, expect, test } from 'vitest';
+import { exec } from '../../lib/host/exec.ts';
 import { createLab, type Lab } from '../support/lab.ts';
 import { echoRequest, udpPacket } from '../support/packets.ts';
 
@@ -152,3 +153,15 @@ describe('a host without an address of its own on the link', () => {
     expect(await lab.reachAll('h1', `${IB}.11`)).toBe(`g11: ${GUEST}.1 > ${GUEST}.11`);
   });
 });
+
+test('a closed lab leaves no namespace behind', async () => {
+  const lab = await createLab({ guests: { h1: [11] }, second: { h1: [11] }, foreign: true });
+  expect((await listNamespaces()).length).toBeGreaterThan(5);
+  await lab.close();
+  expect(await listNamespaces()).toEqual([]);
+});
+
+async function listNamespaces(): Promise<readonly string[]> {
+  const { stdout } = await exec(['/usr/sbin/ip', 'netns', 'list']);
+  return stdout.split('\n').filter((line) => line !== '');
+}

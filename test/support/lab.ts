@@ -201,7 +201,7 @@ export async function createLab(options: LabOptions = {}): Promise<Lab> {
     await Promise.all([...layout.configuration].map(([namespace, lines]) => batch(['-n', namespace], lines)));
     for (const [ns, addresses] of layout.addresses) await agent.call('serve', { ns, addresses });
   } catch (error) {
-    (agent ?? (await agentStarted)).stop();
+    await (agent ?? (await agentStarted)).stop();
     await batch([], layout.removal);
     throw error;
   }
@@ -405,7 +405,7 @@ function labOf(agent: Agent, layout: Layout, plans: readonly NetworkPlan[]): Lab
         .reduce((sum, statement) => sum + ('counter' in statement ? packetsOf(statement.counter) : 0), 0);
     },
     close: async () => {
-      agent.stop();
+      await agent.stop();
       await batch([], layout.removal);
     },
   };
@@ -433,7 +433,7 @@ async function batch(flags: readonly string[], lines: readonly string[]): Promis
 
 interface Agent {
   call(operation: string, parameters: Readonly<Record<string, unknown>>): Promise<unknown>;
-  stop(): void;
+  stop(): Promise<void>;
 }
 
 async function startAgent(): Promise<Agent> {
@@ -460,9 +460,13 @@ async function startAgent(): Promise<Agent> {
         waiting.set(call, { resolve, reject });
         child.send({ ...parameters, call, operation });
       }),
-    stop: () => {
-      waiting.clear();
-      child.disconnect();
-    },
+    // Its sockets hold the namespaces: they are gone for certain once it has ended.
+    stop: () =>
+      new Promise((resolve) => {
+        waiting.clear();
+        if (child.exitCode !== null) return resolve();
+        child.once('exit', () => resolve());
+        child.disconnect();
+      }),
   };
 }

@@ -45,7 +45,7 @@ function quiet(argv) {
 export function installPackages(wanted) {
   if (quiet(['dpkg-query', '--version']).status !== 0) return wanted;
   const missing = wanted.filter(
-    (name) => !quiet(['dpkg-query', '-W', '-f', '${Status}', name]).stdout?.includes('install ok installed'),
+    (name) => !quiet(['dpkg-query', '-s', name]).stdout?.includes('Status: install ok installed'),
   );
   if (missing.length === 0 || !isRoot) return missing;
   console.log(`installing ${missing.join(' ')}`);

@@ -237,6 +237,7 @@ function pairDrift(change: Extract<Change, { kind: 'change-pairs' }>, observed: 
 /** Aliases that look like ours but that no file knows: reported, never removed, since the label alone proves nothing. */
 function orphanAliases(host: Host, intent: Intent, view: HostView): readonly Drift[] {
   const known = new Set(intent.entries.flatMap(({ file }) => mappingsOf(file).map((m) => m.address)));
+  const unread = intent.unreadable.length > 0;
   return view.addresses.flatMap((entry): Drift[] => {
     const network = host.config.networks.find((n) => n.device === entry.device);
     if (network === undefined || known.has(entry.address)) return [];
@@ -246,9 +247,12 @@ function orphanAliases(host: Host, intent: Intent, view: HostView): readonly Dri
         guest: null,
         address: entry.address,
         part: 'alias',
-        expected: 'absent: no file has it',
+        expected: unread ? 'named by a file' : 'absent: no file has it',
         observed: `${entry.address}/${entry.prefixLength} on ${entry.device} labelled ${entry.label}`,
-        fix: `ip address del ${entry.address}/${entry.prefixLength} dev ${entry.device}`,
+        // The alias of a file that cannot be read looks just the same.
+        fix: unread
+          ? 'see to the state file that cannot be read first'
+          : `ip address del ${entry.address}/${entry.prefixLength} dev ${entry.device}`,
       },
     ];
   });

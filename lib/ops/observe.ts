@@ -77,8 +77,9 @@ async function observeAliases(
 ): Promise<readonly ObservedAlias[]> {
   const found: ObservedAlias[] = [];
   let dump: readonly InetAddress[] | undefined;
+  const all = [...want, ...before];
   const wanted = new Set(want.map((m) => m.address));
-  for (const address of new Set([...want, ...before].map((m) => m.address))) {
+  for (const address of new Set(all.map((m) => m.address))) {
     if (!(await host.links.isLocal(address))) continue;
     const known = trusted.find((m) => m.address === address);
     if (known !== undefined) {
@@ -86,20 +87,18 @@ async function observeAliases(
       continue;
     }
     dump ??= await host.links.addresses();
-    const holders = dump.filter((entry) => entry.address === address);
-    const ours = holders.filter((entry) => isAliasOf(entry, [...want, ...before]));
-    found.push(...ours.map((entry) => ({ device: entry.device, address, label: entry.label })));
-    const stranger = holders.find((entry) => !ours.includes(entry));
+    const stranger = strangersOf(dump, all).get(address);
     if (stranger !== undefined && wanted.has(address)) throw foreignAlias(address, stranger);
+    found.push(...aliasesIn(dump).filter((alias) => alias.address === address));
   }
   return found;
 }
 
-function isAliasOf(entry: InetAddress, mappings: readonly Mapping[]): boolean {
-  return mappings.some(
-    (m) =>
-      m.address === entry.address && m.device === entry.device && m.label === entry.label && entry.prefixLength === 32,
-  );
+/** What may be an alias of ours: a plan compares device and label as well, and touches no other. */
+function aliasesIn(addresses: readonly InetAddress[]): readonly ObservedAlias[] {
+  return addresses
+    .filter((entry) => entry.prefixLength === 32)
+    .map(({ device, address, label }) => ({ device, address, label }));
 }
 
 function foreignAlias(address: Ipv4, holder: InetAddress): KvmIbError {
@@ -124,6 +123,13 @@ export async function observeBridge(host: Host, bridge: LinkName, device: LinkNa
     deviceMtu: deviceLink?.mtu ?? null,
     portsToHairpin: ports.filter((port) => !port.hairpin).map((port) => port.name as LinkName),
   };
+}
+
+/** @throws KvmIbError `host-lacks` when a link that these mappings need is missing */
+export async function refuseMissingLinks(host: Host, want: readonly Mapping[]): Promise<void> {
+  for (const [bridge, device] of new Map(want.map((m) => [m.bridge, m.device]))) {
+    requireLinks(await observeBridge(host, bridge, device));
+  }
 }
 
 function requireLinks(observed: ObservedBridge): void {
@@ -158,18 +164,21 @@ export async function observeHost(host: Host): Promise<HostView> {
   const table = await host.nat.list(spec);
   const bridges: ObservedBridge[] = [];
   for (const network of host.config.networks) bridges.push(await observeBridge(host, network.bridge, network.device));
-  const aliases = addresses
-    .filter((entry) => entry.prefixLength === 32)
-    .map(({ device, address, label }) => ({ device, address, label }));
-  return { table, spec, observed: { ...table, aliases, bridges }, addresses };
+  return { table, spec, observed: { ...table, aliases: aliasesIn(addresses), bridges }, addresses };
 }
 
 /**
  * What keeps a wanted mapping from being made on this host; undefined: nothing.
+ * @param strangers addresses of this host that are no aliases of ours, see `strangersOf`
  * @returns `out-of-range` when the configuration has changed under it, `host-lacks` without its link, `conflict` when the
  *   host's own address lies in the range or somebody else has its IB address
  */
-export function hindranceOf(config: Config, mapping: Mapping, view: HostView): KvmIbError | undefined {
+export function hindranceOf(
+  config: Config,
+  mapping: Mapping,
+  view: HostView,
+  strangers: ReadonlyMap<Ipv4, InetAddress>,
+): KvmIbError | undefined {
   const { device, bridge, guest, address } = mapping;
   const network = config.networks.find((n) => n.device === device && n.bridge === bridge);
   if (network === undefined || !rangeContains(network.guests, guest) || !rangeContains(network.addresses, address)) {
@@ -182,10 +191,20 @@ export function hindranceOf(config: Config, mapping: Mapping, view: HostView): K
   if (own !== undefined) return own;
   const seen = view.observed.bridges.find((b) => b.device === device);
   if (seen?.deviceMtu === null) return noDevice(device);
-  const stranger = view.addresses.find((entry) => entry.address === address && !isAliasOf(entry, [mapping]));
-  // Under another label of ours it is an alias of an earlier life of this mapping, and goes by its file.
-  const isFormer = stranger?.device === device && stranger.prefixLength === 32 && isOurLabel(device, stranger.label);
-  return stranger === undefined || isFormer ? undefined : foreignAlias(address, stranger);
+  const stranger = strangers.get(address);
+  return stranger === undefined ? undefined : foreignAlias(address, stranger);
+}
+
+/** Who has addresses of this host that are no alias of any of these mappings, by address. */
+export function strangersOf(
+  addresses: readonly InetAddress[],
+  mappings: readonly Mapping[],
+): ReadonlyMap<Ipv4, InetAddress> {
+  const key = (alias: { device: string; address: Ipv4; label: string }): string =>
+    `${alias.device} ${alias.address} ${alias.label}`;
+  const ours = new Set(mappings.map(key));
+  const strangers = addresses.filter((entry) => entry.prefixLength !== 32 || !ours.has(key(entry)));
+  return new Map(strangers.map((entry) => [entry.address, entry]));
 }
 
 /** What the rule set depends on: the configuration, and the host's own addresses on each IPoIB link. */

@@ -17,7 +17,7 @@ import { apply } from './apply.ts';
 import type { Host } from './host.ts';
 import { domainName } from './host.ts';
 import type { HostView } from './observe.ts';
-import { hindranceOf, observeHost, ownAddressInRange } from './observe.ts';
+import { hindranceOf, observeHost, ownAddressInRange, strangersOf } from './observe.ts';
 import { loadTable, removing, stateFile } from './sync.ts';
 
 export interface ReconcileResult {
@@ -150,8 +150,12 @@ export function goalOf(host: Host, intent: Intent, view: HostView): Goal {
   const of = (verdict: Verdict): readonly StateFile[] =>
     intent.entries.filter((entry) => entry.verdict === verdict).map((entry) => entry.file);
   const kept = of('keep').flatMap((file) => file.mappings);
+  const strangers = strangersOf(
+    view.addresses,
+    intent.entries.flatMap((entry) => mappingsOf(entry.file)),
+  );
   const hindered = kept.flatMap((mapping) => {
-    const error = hindranceOf(host.config, mapping, view);
+    const error = hindranceOf(host.config, mapping, view, strangers);
     return error === undefined ? [] : [{ mapping, error }];
   });
   const untouched = new Set<string>(
@@ -161,7 +165,8 @@ export function goalOf(host: Host, intent: Intent, view: HostView): Goal {
     ]),
   );
   const isFree = (m: Mapping): boolean => !untouched.has(m.guest) && !untouched.has(m.address);
-  const want = kept.filter((m) => !hindered.some(({ mapping }) => mapping === m));
+  const isHindered = new Set(hindered.map(({ mapping }) => mapping));
+  const want = kept.filter((m) => !isHindered.has(m));
   const release = [
     ...of('release').flatMap(mappingsOf),
     ...of('keep').flatMap((file) => mappingsOf(file).filter((m) => !file.mappings.includes(m))),

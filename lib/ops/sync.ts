@@ -15,7 +15,7 @@ import { rulesetTag } from '../nat/ruleset.ts';
 import { apply, reversalFailed } from './apply.ts';
 import type { Host } from './host.ts';
 import { domainName } from './host.ts';
-import { observedPairs, observeMappings, ownAddressInRange, pairOf, tableSpec } from './observe.ts';
+import { observedPairs, observeMappings, ownAddressInRange, pairOf, refuseMissingLinks, tableSpec } from './observe.ts';
 
 export interface SyncRequest {
   readonly owner: Owner;
@@ -284,6 +284,8 @@ async function ensureTable(host: Host, wish: readonly Mapping[], mappings: reado
   }
   const spec = tableSpec(host.config, await host.links.addresses());
   refuseOwnAddresses(host, wish, spec.hostAddresses);
+  // A configuration that names a wrong link must not reach the packets of the mappings that work.
+  await refuseMissingLinks(host, wish);
   const files = host.store.all().files.flatMap((file) => file.mappings);
   await loadTable(host, spec, files, await host.nat.list(spec));
 }
@@ -305,8 +307,10 @@ export async function loadTable(
   const present = observedPairs(observed);
   const taken = new Set<string>(present.flatMap(({ guest, address }) => [guest, address]));
   const absent = wanted.filter((m) => !taken.has(m.guest) && !taken.has(m.address));
+  const comments = new Map(wanted.map(pairOf).map((pair) => [`${pair.guest} ${pair.address}`, pair.comment]));
+  const commented = present.map((pair) => ({ ...pair, comment: comments.get(`${pair.guest} ${pair.address}`) ?? '' }));
   host.store.writeTable(undefined);
-  await host.nat.load(spec, [...present, ...absent.map(pairOf)]);
+  await host.nat.load(spec, [...commented, ...absent.map(pairOf)]);
   const stale = [...spec.hostAddresses.values()].flat();
   const flushed = await host.conntrack.flush(
     wanted.map(({ guest, address }) => ({ kind: 'foreign', guest, address, stale })),

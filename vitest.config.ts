@@ -1,7 +1,7 @@
 import { defineConfig } from 'vitest/config';
 
-// unit: no rights needed, runs anywhere. kernel: a real kernel in one network namespace of its own, which
-// scripts/test.mjs makes with unshare; files run one after the other because they share that namespace.
+// unit: no rights needed, runs anywhere. kernel: a real kernel in a network namespace of its own, which scripts/test.mjs
+// makes for each file; several files in one run share it, so they run one after the other.
 export default defineConfig({
   test: {
     projects: [

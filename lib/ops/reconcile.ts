@@ -7,7 +7,7 @@ import { rangeContains } from '../core/address.ts';
 import { resolveMapping } from '../core/config.ts';
 import { KvmIbError, toKvmIbError } from '../core/errors.ts';
 import type { Mapping, Owner } from '../core/mapping.ts';
-import { ownerName, sameMapping } from '../core/mapping.ts';
+import { isOurLabel, ownerName, sameMapping } from '../core/mapping.ts';
 import type { Change, Desired, Observed } from '../core/plan.ts';
 import { plan } from '../core/plan.ts';
 import type { StateFile, Verdict } from '../core/state.ts';
@@ -172,8 +172,22 @@ export function goalOf(host: Host, intent: Intent, view: HostView): Goal {
     ...of('keep').flatMap((file) => mappingsOf(file).filter((m) => !file.mappings.includes(m))),
   ].filter(isFree);
   // What a file that cannot be read has put there is not known, so nothing unknown goes.
-  const strays = intent.unreadable.length > 0 ? [] : strayElements(host, kept, release, untouched, view.observed);
+  const standing = new Set([...untouched, ...orphaned(host, view, [...kept, ...release])]);
+  const strays = intent.unreadable.length > 0 ? [] : strayElements(host, kept, release, standing, view.observed);
   return { want, release: [...release, ...strays], hindered, untouched };
+}
+
+/**
+ * Guest and IB addresses of pairs that no file knows but whose alias stands, as after the state was lost. The alias is not
+ * ours to remove without a file, and without its pair the host itself would answer at the guest's address.
+ */
+function orphaned(host: Host, view: HostView, mappings: readonly Mapping[]): readonly string[] {
+  const known = new Set(mappings.map((m) => m.address));
+  return view.addresses.flatMap(({ device, address, label }) => {
+    const isOurs = host.config.networks.some((n) => n.device === device) && isOurLabel(device, label);
+    const guest = view.observed.ibToGuest.get(address);
+    return isOurs && guest !== undefined && !known.has(address) ? [guest, address] : [];
+  });
 }
 
 /** Elements in our table that no file knows. The table is ours alone, so they go. */

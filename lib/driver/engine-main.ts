@@ -46,23 +46,16 @@ async function serve(): Promise<number> {
   const host = await createHost(process.env['SUDO_UID'] === undefined ? pathsFrom(process.env) : FIXED_PATHS);
   const owner: Owner = { kind: 'vm', vm: request.vm };
   const holder = identify(host, request);
-  accept(
-    await sync(host, {
-      owner,
-      wish: request.nics.map((nic) =>
-        resolveMapping(host.config, { ...nic, address: nic.address ?? undefined, vm: request.vm }),
-      ),
-      action: request.action,
-      holder,
-      pending: request.pending,
-    }),
+  const wish = request.nics.map((nic) =>
+    resolveMapping(host.config, { ...nic, address: nic.address ?? undefined, vm: request.vm }),
   );
+  accept(await sync(host, { owner, wish, action: request.action, holder, pending: request.pending }));
   if (!request.pending) return 0;
   const verdict = await lines.next();
   if (verdict === undefined) return 0;
   accept(
     parseVerdict(verdict) === 'commit'
-      ? await commit(host, owner, holder)
+      ? await commit(host, owner, holder, wish)
       : await undo(host, owner, holder, request.action),
   );
   return 0;

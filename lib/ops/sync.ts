@@ -43,28 +43,55 @@ export function sync(host: Host, request: SyncRequest): Promise<SyncResult> {
   return host.withLock(`${request.action} ${ownerName(request.owner)}`, () => syncLocked(host, request));
 }
 
-/** The pending file of an action whose stock part succeeded becomes active. Nothing when another action took over. */
-export function commit(host: Host, owner: Owner, holder: Holder): Promise<SyncResult> {
+/**
+ * The pending file of an action whose stock part succeeded becomes active.
+ * @param wish what the action mapped: taken up again when its file is gone but the domain is there, as after a cancel
+ *   that came in between and found no domain yet. Otherwise nothing is done when another action took over.
+ */
+export function commit(host: Host, owner: Owner, holder: Holder, wish: readonly Mapping[] = []): Promise<SyncResult> {
   return host.withLock(`commit ${ownerName(owner)}`, async () => {
     const file = host.store.read(owner);
-    if (!isPendingOf(file, holder)) return nothing(owner);
-    // The taps exist only now: the action's own sync could not see them.
-    const observed = await observeMappings(host, file.mappings, [], file.mappings);
-    const changes = plan({ want: file.mappings, release: [] }, observed);
-    const { flushed, warnings } = await apply(host, changes, () =>
-      host.store.write(stateFile(host, owner, { name: 'active' }, file.mappings)),
-    );
-    return { owner: ownerName(owner), changes, flushed, warnings };
+    if (isPendingOf(file, holder)) return activate(host, file);
+    if (file !== undefined || wish.length === 0 || !(await isActive(host, owner))) return nothing(owner);
+    return syncLocked(host, { owner, wish, action: 'commit', holder });
   });
 }
 
-/** Back to what the owner had before the pending action. Nothing when another action took over. */
+async function activate(host: Host, file: StateFile): Promise<SyncResult> {
+  const { owner, mappings } = file;
+  // The taps exist only now: the action's own sync could not see them.
+  const observed = await observeMappings(host, mappings, [], mappings);
+  const changes = plan({ want: mappings, release: [] }, observed);
+  const { flushed, warnings } = await apply(host, changes, () =>
+    host.store.write(stateFile(host, owner, { name: 'active' }, mappings)),
+  );
+  return { owner: ownerName(owner), changes, flushed, warnings };
+}
+
+/**
+ * Back to what the owner had before the pending action. Nothing when another action took over. Where the domain runs in
+ * spite of the failure, as when a late step of the stock script failed, its mappings stay: reconcile ends them with it.
+ */
 export function undo(host: Host, owner: Owner, holder: Holder, action: string): Promise<SyncResult> {
   return host.withLock(`undo ${ownerName(owner)}`, async () => {
     const file = host.store.read(owner);
     if (!isPendingOf(file, holder)) return nothing(owner);
+    if (file.previous.length === 0 && (await isActive(host, owner))) {
+      const kept = await activate(host, file);
+      return {
+        ...kept,
+        warnings: [
+          ...kept.warnings,
+          `${action} failed, but the domain of ${ownerName(owner)} is active: its mappings stay`,
+        ],
+      };
+    }
     return syncLocked(host, { owner, wish: file.previous, action: `undo ${action}`, holder });
   });
+}
+
+async function isActive(host: Host, owner: Owner): Promise<boolean> {
+  return owner.kind === 'vm' && (await host.domains.active())?.has(domainName(owner.vm)) === true;
 }
 
 function isPendingOf(file: StateFile | undefined, holder: Holder): file is StateFile {

@@ -260,6 +260,27 @@ describe('a deploy', () => {
     expect(snapshot(host)).toEqual(active);
   });
 
+  it('that a cancel overtook is mapped after all if its domain runs, and not if it does not', async () => {
+    for (const running of [false, true]) {
+      await deploy();
+      await sync(host, request(owner, [], { action: 'cancel', holder: holderOf(78) }));
+      host.active = new Set(running ? [2] : []);
+      await commit(host, owner, holder, [mapping(2)]);
+      if (running) expectHeld(mapping(2));
+      else expectHeld();
+    }
+    expect(host.store.read(owner)?.phase).toEqual({ name: 'active' });
+  });
+
+  it('that failed while its domain runs keeps its mapping, and says so', async () => {
+    await deploy();
+    host.active = new Set([2]);
+    const { warnings } = await undo(host, owner, holder, 'deploy');
+    expect(warnings.join()).toContain('deploy failed, but the domain of vm-2 is active');
+    expectHeld(mapping(2));
+    expect(host.store.read(owner)?.phase).toEqual({ name: 'active' });
+  });
+
   it('after one that died half-way forgets nothing of that one', async () => {
     await add(mapping(2));
     // It wrote its wish, and the new alias, and died.

@@ -5,9 +5,10 @@
 KVM_IB_TEST_OUTER_NETNS=$(readlink /proc/self/ns/net) || exit 6
 export KVM_IB_TEST_OUTER_NETNS
 exec unshare --net --mount --propagation private sh -c '
-  mkdir -p /run/netns &&
+  mkdir -p /run/netns /run/kvm-ib &&
   mount -t sysfs sysfs /sys &&
   mount -t tmpfs tmpfs /run/netns &&
+  mount -t tmpfs tmpfs /run/kvm-ib &&
   ip link set lo up &&
   KVM_IB_TEST_NETNS=1 exec "$@"
 ' in-netns "$@"

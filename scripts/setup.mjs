@@ -11,7 +11,16 @@ export const isRoot = process.getuid?.() === 0;
 /** Packages by what they are needed for. The demo needs `lab`; the tests need all. */
 export const PACKAGES = {
   lab: ['nftables', 'iproute2', 'iputils-ping', 'util-linux'],
-  kernel: ['iptables', 'conntrack', 'tcpdump', 'iputils-arping', 'sudo', 'libxml2-utils', 'bridge-utils'],
+  kernel: [
+    'iptables',
+    'conntrack',
+    'tcpdump',
+    'iputils-arping',
+    'netcat-openbsd',
+    'sudo',
+    'libxml2-utils',
+    'bridge-utils',
+  ],
   vm: ['libvirt-daemon-system', 'libvirt-clients', 'qemu-system-x86', 'busybox-static', 'cpio'],
 };
 

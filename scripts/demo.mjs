@@ -54,7 +54,7 @@ try {
   ping('one-1', '192.168.10.203', 'alpha -> beta, by its IB address, on the same host');
   ping('hypervisor', '192.168.10.202', 'the host itself -> alpha');
 
-  say('What the hypervisor holds for that:');
+  say('What the hypervisor holds for that (no libvirt runs in this lab, and status says so):');
   show('hypervisor', ['nft', 'list', 'table', 'ip', 'kvm_ib']);
   show('hypervisor', [IP, '-4', '-brief', 'address', 'show', 'dev', 'ib0']);
   show('hypervisor', [join(root, 'dist/kvm-ib.mjs'), 'list'], 'kvm-ib list');

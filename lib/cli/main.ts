@@ -186,7 +186,7 @@ async function open(options: CommonOptions, what: string): Promise<Host> {
   const paths = pathsFrom(process.env);
   const file = options.config ?? paths.config;
   const config = readConfig(file);
-  requireRights(what);
+  requireRights(`Cannot run kvm-ib ${what}`, `run it as root: sudo kvm-ib ${what}`);
   return createHost({ ...paths, config: file }, config);
 }
 
@@ -362,7 +362,8 @@ async function runReconcile(options: CommonOptions & { readonly quiet?: boolean 
   if (!(options.quiet && result.changes.length === 0 && result.table.length === 0)) {
     if (result.changes.length > 0 || result.table.length === 0 || options.dryRun) showChanges(result.changes, options);
   }
-  for (const owner of result.released) out(`released ${owner}\n`);
+  const released = options.dryRun ? 'would release' : 'released';
+  for (const owner of result.released) out(`${released} ${owner}\n`);
   for (const error of result.errors) err(errorText(error));
 }
 

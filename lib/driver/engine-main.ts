@@ -42,7 +42,7 @@ async function serve(): Promise<number> {
   // Started ahead of need and not needed: nothing was read or changed.
   if (line === undefined) return 0;
   const request = parseSyncMessage(line);
-  requireRights('map a VM');
+  requireRights('Cannot map a VM', 'let sudo start the engine as root: see rulesets/sudoers.d/kvm-ib');
   const host = await createHost(process.env['SUDO_UID'] === undefined ? pathsFrom(process.env) : FIXED_PATHS);
   const owner: Owner = { kind: 'vm', vm: request.vm };
   const holder = identify(host, request);

@@ -38,14 +38,14 @@ export async function createHost(paths: Paths, config: Config = readConfig(paths
 }
 
 /** @throws KvmIbError `not-permitted` unless this process may change links and firewall */
-export function requireRights(what: string): void {
+export function requireRights(message: string, fix: string): void {
   const line = /^CapEff:\s*([0-9a-f]+)$/m.exec(readFileSync('/proc/self/status', 'latin1'))?.[1] ?? '0';
   const CAP_NET_ADMIN = 12n;
   const CAP_NET_RAW = 13n;
   const effective = BigInt(`0x${line}`);
   if ((effective >> CAP_NET_ADMIN) & (effective >> CAP_NET_RAW) & 1n) return;
-  throw new KvmIbError('not-permitted', `Cannot ${what}`, {
+  throw new KvmIbError('not-permitted', message, {
     why: 'this process has not the capabilities CAP_NET_ADMIN and CAP_NET_RAW',
-    fix: `run it as root: sudo kvm-ib ${what}`,
+    fix,
   });
 }

@@ -432,7 +432,7 @@ function show(shell: Shell, options: Options, outcome: Outcome): void {
       root: options.root,
       dryRun,
       changed: changes.length > 0 || steps.length > 0,
-      operations: operations.map(({ item, ...operation }) => ({ ...operation, kind: item?.kind ?? null })),
+      operations: operations.map(({ item: _, ...operation }) => operation),
       steps: dryRun ? steps : results,
       ...(synced === undefined ? {} : { synced }),
       notes,
@@ -457,19 +457,19 @@ const COLOURS: Readonly<Record<Sign, string | undefined>> = {
   '=': undefined,
 };
 
-function line({ sign, path, item, mode, owner, size, why }: Operation, colour: boolean): string {
+function line({ sign, path, kind, mode, owner, size, why }: Operation, colour: boolean): string {
   const properties = [
     ...(mode === null || sign === '-' ? [] : [octal(mode)]),
     ...(owner === null || sign === '-' ? [] : [owner]),
     ...(size === null ? [] : [`${size} bytes`]),
     ...(why === '' ? [] : [why]),
   ];
-  const kind = { file: 'file', link: 'link', directory: 'dir' }[item?.kind ?? 'file'];
-  const text = `${sign} ${kind.padEnd(5)} ${path}${properties.length === 0 ? '' : ` (${properties.join(', ')})`}`;
+  const what = { file: 'file', link: 'link', directory: 'dir ' }[kind];
+  const text = `${sign} ${what} ${path}${properties.length === 0 ? '' : ` (${properties.join(', ')})`}`;
   const code = COLOURS[sign];
   return colour && code !== undefined ? `\u001b[${code}m${text}\u001b[0m\n` : `${text}\n`;
 }
 
 function indent(text: string): string {
-  return text.replace(/^(?! {2})(?=.)/gm, '  ');
+  return text.replace(/^(?=.)/gm, '  ');
 }

@@ -249,6 +249,11 @@ export function openTarget(root: string, frontEndUser: string): Target {
         const bytes = bytesOf(item, pack);
         return { sha256: digest(bytes), size: bytes.length };
       },
+      children: (path) =>
+        within(`${path}/.`, () => {
+          if (lstatSync(at(path), { throwIfNoEntry: false })?.isDirectory() !== true) return [];
+          return readdirSync(at(path)).map((name) => `${path}/${name}`);
+        }),
       owner: (path) => nameOf(ownerOf(path).uid),
       recorded,
     }),

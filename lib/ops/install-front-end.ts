@@ -11,6 +11,7 @@ import {
   vmMadSection,
 } from '../opennebula/registration.ts';
 import type { Item, Note, Operation } from './install.ts';
+import { parents } from './install.ts';
 
 export const REMOTES = '/var/lib/one/remotes';
 export const VERSION_FILE = `${REMOTES}/VERSION`;
@@ -33,7 +34,11 @@ export function frontEndItems(
     const place = path.replace(/^drivers\//, '');
     return /^(?:vmm\/kvm-ib|im)\//.test(place) ? [{ place, path, mode }] : [];
   });
+  const folders = new Set(below.flatMap(({ place }) => parents(place)).filter((folder) => folder !== `vmm/${DRIVER}`));
   return [
+    ...[...folders].sort().map((folder): Item => {
+      return { kind: 'directory', path: `${REMOTES}/${folder}`, mode: 0o755, own: false };
+    }),
     { kind: 'directory', path: DRIVER_DIRECTORY, mode: 0o755, own: true },
     // Before the launchers, which look for it beside them.
     file(`${DRIVER_DIRECTORY}/parser.mjs`, 0o644, 'bundle/parser.mjs'),

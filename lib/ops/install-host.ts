@@ -2,7 +2,7 @@
 import { bridgeAddress } from '../core/config.ts';
 import type { Config, Network } from '../core/mapping.ts';
 import type { Item, Note, Operation, Step } from './install.ts';
-import { touches } from './install.ts';
+import { parents, touches } from './install.ts';
 
 export const LIBRARY = '/usr/lib/kvm-ib';
 export const CONFIG_FILE = '/etc/kvm-ib/kvm-ib.yaml';
@@ -85,11 +85,6 @@ export function hostItems(
     ...UNITS.map((unit) => setting(`${UNIT_DIRECTORY}/${unit}`, `rulesets/systemd/${unit}`)),
     ...(facts.networkManager ? networkManagerItems(facts.config) : []),
   ];
-}
-
-function parents(path: string): readonly string[] {
-  const parts = path.split('/').slice(0, -1);
-  return parts.map((_, index) => parts.slice(0, index + 1).join('/'));
 }
 
 function networkManagerItems(config: Config | null): readonly Item[] {

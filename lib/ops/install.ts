@@ -43,6 +43,8 @@ export interface Observation {
   readonly seen: (path: string) => Seen;
   /** Digest and size of what a file item would be. */
   readonly content: (item: FileItem) => { readonly sha256: string; readonly size: number };
+  /** What a directory holds, as full paths; empty when it is none. */
+  readonly children: (path: string) => readonly string[];
   /** The user that new files belong to, by path. */
   readonly owner: (path: string) => string;
   /** Digests of the files that the last installation wrote, by path. */
@@ -55,6 +57,8 @@ export type Sign = '+' | '~' | '=' | '!' | '-';
 export interface Operation {
   readonly sign: Sign;
   readonly path: string;
+  readonly kind: 'file' | 'link' | 'directory';
+  /** Null for what is removed without having been planned for. */
   readonly item: Item | null;
   readonly mode: number | null;
   readonly owner: string | null;
@@ -72,6 +76,7 @@ export function planInstall(items: readonly Item[], look: Observation): readonly
     const make = (sign: Sign, why = ''): Operation => ({
       sign,
       path: item.path,
+      kind: item.kind,
       item,
       mode: item.kind === 'link' ? null : item.mode,
       owner: item.kind === 'link' ? null : owner,
@@ -91,8 +96,12 @@ export function planInstall(items: readonly Item[], look: Observation): readonly
     }
     if (seen.kind === 'absent') return make('+');
     if (seen.kind === 'directory' || seen.kind === 'other') throw inTheWay(item.path, 'a file');
-    if (item.keep === 'always') return make('=', 'the configuration is never overwritten');
     const wanted = look.content(item).sha256;
+    if (item.keep === 'always') {
+      // The example differs from every real one, and nobody asked for it.
+      const asked = 'text' in item.source && (seen.kind === 'link' || seen.sha256 !== wanted);
+      return asked ? make('!', 'kept: the configuration is never overwritten') : make('=');
+    }
     if (seen.kind === 'link') {
       return item.keep === 'ours' ? make('~', 'it was a symbolic link') : make('!', 'kept: it is a symbolic link');
     }
@@ -119,13 +128,16 @@ export interface Removal {
   readonly items: readonly Item[];
   /** Everything below our own directories, deepest first. */
   readonly inside: readonly string[];
-  /** Directories that the installation made, deepest first: removed when they are empty. */
+  /** Directories that the installation made: removed when nothing else is left in them. */
   readonly madeDirectories: readonly string[];
   /** Paths that stay. */
   readonly keep: ReadonlySet<string>;
 }
 
-/** Files first, then what is in our directories, then directories. What is not there is not mentioned. */
+/**
+ * Files first, then what is in our directories, then directories. What is not there is not mentioned, nor is a directory
+ * that others use.
+ */
 export function planUninstall(removal: Removal, look: Observation): readonly Operation[] {
   const { items, inside, madeDirectories, keep } = removal;
   const files = items.flatMap((item) => (item.kind === 'directory' ? [] : [item.path]));
@@ -133,24 +145,21 @@ export function planUninstall(removal: Removal, look: Observation): readonly Ope
   const deepestFirst = [...directories, ...madeDirectories].sort((a, b) => b.split('/').length - a.split('/').length);
   const wanted = new Map(items.map((item) => [item.path, item]));
   const operations: Operation[] = [];
-  const done = new Set<string>();
-  for (const path of [...files, ...look.recorded.keys(), ...inside, ...deepestFirst]) {
-    if (done.has(path)) continue;
-    done.add(path);
+  const gone = new Set<string>();
+  for (const path of new Set([...files, ...look.recorded.keys(), ...inside, ...deepestFirst])) {
     const seen = look.seen(path);
     if (seen.kind === 'absent') continue;
-    const item = wanted.get(path) ?? null;
-    if (seen.kind === 'directory' && [...keep].some((kept) => kept.startsWith(`${path}/`))) continue;
-    const base = { path, item, mode: null, owner: null, size: null };
-    if (keep.has(path)) operations.push({ ...base, sign: '!', why: 'kept: remove it with --purge' });
-    else {
-      const recorded = look.recorded.get(path);
-      const changed = seen.kind === 'file' && recorded !== undefined && recorded !== seen.sha256;
-      const directory =
-        seen.kind === 'directory' && !(item?.kind === 'directory' && item.own) && !inside.includes(path);
-      const why = changed ? 'it was changed by hand' : directory ? 'if it is empty' : '';
-      operations.push({ ...base, sign: '-', why });
+    const kind: Operation['kind'] = seen.kind === 'directory' || seen.kind === 'link' ? seen.kind : 'file';
+    const base = { path, kind, item: wanted.get(path) ?? null, mode: null, owner: null, size: null };
+    if (keep.has(path)) {
+      operations.push({ ...base, sign: '!', why: 'kept: remove it with --purge' });
+      continue;
     }
+    if (kind === 'directory' && look.children(path).some((child) => !gone.has(child))) continue;
+    const recorded = look.recorded.get(path);
+    const changed = seen.kind === 'file' && recorded !== undefined && recorded !== seen.sha256;
+    operations.push({ ...base, sign: '-', why: changed ? 'it was changed by hand' : '' });
+    gone.add(path);
   }
   return operations;
 }
@@ -180,4 +189,10 @@ export function touches(operations: readonly Operation[], paths: readonly string
 
 export function octal(mode: number): string {
   return `0${mode.toString(8)}`;
+}
+
+/** The folders that a relative path lies in, outermost first. */
+export function parents(path: string): readonly string[] {
+  const parts = path.split('/').slice(0, -1);
+  return parts.map((_, index) => parts.slice(0, index + 1).join('/'));
 }

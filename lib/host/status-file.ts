@@ -39,7 +39,7 @@ export function createStatusFile(directory: string | undefined, version: string)
         renameSync(temporary, join(directory, 'status'));
         return undefined;
       } catch (cause) {
-        rmSync(temporary, { force: true });
+        tryRemove(temporary);
         const why = cause instanceof Error ? cause.message : String(cause);
         return `OpenNebula's probes will call this host STALE: cannot write ${join(directory, 'status')}: ${why}`;
       }
@@ -84,6 +84,14 @@ export function configHash(config: Config): string {
   });
   const text = JSON.stringify([networks, config.static.map(({ guest, address }) => [guest, address])]);
   return createHash('sha256').update(text).digest('hex').slice(0, 16);
+}
+
+function tryRemove(path: string): void {
+  try {
+    rmSync(path, { force: true });
+  } catch {
+    // Then it was never made.
+  }
 }
 
 function uptimeSeconds(): number {

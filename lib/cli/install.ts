@@ -189,6 +189,7 @@ async function hostFacts(target: Target, options: Options): Promise<HostFacts> {
     live: target.live,
     systemd,
     unitsRunning: systemd && (await unitsRunning()),
+    conntrack: target.exists('/proc/sys/net/netfilter/nf_conntrack_tcp_loose'),
     networkManager: target.exists('/etc/NetworkManager'),
     selinux: target.exists('/etc/selinux/config'),
     firewalld: target.exists('/etc/firewalld'),
@@ -439,7 +440,7 @@ function show(shell: Shell, options: Options, outcome: Outcome): void {
     });
     return;
   }
-  for (const operation of operations) shell.out(line(operation, shell.colour));
+  for (const operation of condense(operations)) shell.out(line(operation, shell.colour));
   for (const { argv } of steps) shell.out(`$ ${argv.join(' ')}\n`);
   if (dryRun)
     shell.out(changes.length + steps.length === 0 ? 'Nothing would change.\n' : 'Nothing was changed (--dry-run).\n');
@@ -447,6 +448,28 @@ function show(shell: Shell, options: Options, outcome: Outcome): void {
   if (synced !== undefined) shell.out(`\`onehost sync\` copies ${describeSize(synced)} more to each host.\n`);
   for (const { title, text } of notes) shell.out(`\n${title}${/[.:]$/.test(title) ? '' : ':'}\n${indent(text)}\n`);
   shell.warn(failed.map(({ argv, what, said }) => `${what}: \`${argv.join(' ')}\` failed: ${said}`));
+}
+
+/** Folders of many small files, shown as one line for each sign. */
+const FOLDED = [`${LIBRARY}/drivers`, `${LIBRARY}/rulesets`, `${REMOTES}/vmm/kvm-ib`];
+
+function condense(operations: readonly Operation[]): readonly Operation[] {
+  const folderOf = ({ path, why }: Operation): string | undefined =>
+    why === '' ? FOLDED.find((folder) => path === folder || path.startsWith(`${folder}/`)) : undefined;
+  const shown = new Set<string>();
+  return operations.flatMap((operation): readonly Operation[] => {
+    const folder = folderOf(operation);
+    if (folder === undefined) return [operation];
+    const key = `${operation.sign} ${folder}`;
+    if (shown.has(key)) return [];
+    shown.add(key);
+    const files = operations.filter(
+      (o) => o.sign === operation.sign && o.kind !== 'directory' && folderOf(o) === folder,
+    );
+    const size = files.reduce((sum, { size: bytes }) => sum + (bytes ?? 0), 0);
+    const why = `${files.length} ${files.length === 1 ? 'file' : 'files'}`;
+    return [{ ...operation, path: folder, kind: 'directory', mode: null, size: size === 0 ? null : size, why }];
+  });
 }
 
 const COLOURS: Readonly<Record<Sign, string | undefined>> = {

@@ -146,7 +146,11 @@ export function openTarget(root: string, frontEndUser: string): Target {
     process.setegid(who.gid);
     process.seteuid(who.uid);
     try {
-      return guard(path, act);
+      return guard(
+        path,
+        act,
+        `it lies in a directory of ${nameOf(who.uid)}, with whose rights it is done: look at the owners`,
+      );
     } finally {
       process.seteuid(0);
       process.setegid(0);
@@ -367,7 +371,7 @@ function parseRecord(text: string | null): InstallRecord {
   }
 }
 
-function guard<T>(path: string, act: () => T): T {
+function guard<T>(path: string, act: () => T, deniedFix = 'run it as root'): T {
   try {
     return act();
   } catch (cause) {
@@ -376,7 +380,7 @@ function guard<T>(path: string, act: () => T): T {
     const denied = code === 'EACCES' || code === 'EPERM';
     throw new KvmIbError(denied ? 'not-permitted' : 'failed', `Cannot install or remove ${path}`, {
       why: cause instanceof Error ? cause.message : String(cause),
-      fix: denied ? 'run it as root' : 'make room on the file system, or mount it read-write, then run it again',
+      fix: denied ? deniedFix : 'make room on the file system, or mount it read-write, then run it again',
       cause,
     });
   }

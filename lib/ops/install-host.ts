@@ -26,6 +26,8 @@ export interface HostFacts {
   readonly systemd: boolean;
   /** Reconcile unit and timer are enabled, and the timer runs. */
   readonly unitsRunning: boolean;
+  /** Connection tracking is in the kernel, so that its values can be set. */
+  readonly conntrack: boolean;
   readonly networkManager: boolean;
   readonly selinux: boolean;
   readonly firewalld: boolean;
@@ -119,7 +121,7 @@ export function hostSteps(operations: readonly Operation[], facts: HostFacts): r
   const steps: Step[] = [];
   const step = (what: string, ...argv: [string, ...string[]]): void => void steps.push({ what, argv });
   if (touches(operations, [SYSCTL_FILE, MODULES_FILE])) {
-    step('connection tracking, for the value below', '/usr/sbin/modprobe', 'nf_conntrack');
+    if (!facts.conntrack) step('connection tracking, for the value below', '/usr/sbin/modprobe', 'nf_conntrack');
     step('forwarding', '/usr/sbin/sysctl', '-p', SYSCTL_FILE);
   }
   if (facts.networkManager && facts.systemd && touches(operations, [UNMANAGED])) {

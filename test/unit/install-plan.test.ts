@@ -25,6 +25,7 @@ const FACTS: HostFacts = {
   live: true,
   systemd: true,
   unitsRunning: false,
+  conntrack: true,
   networkManager: false,
   selinux: false,
   firewalld: false,
@@ -190,11 +191,14 @@ describe('the programs that are run', () => {
 
   test('load sysctls, let systemd read the units, then start them', () => {
     expect(words({})).toEqual([
-      '/usr/sbin/modprobe nf_conntrack',
       '/usr/sbin/sysctl -p /etc/sysctl.d/60-kvm-ib.conf',
       '/usr/bin/systemctl daemon-reload',
       '/usr/bin/systemctl enable --now kvm-ib-reconcile.service kvm-ib.timer',
     ]);
+  });
+
+  test('load connection tracking first where it is not there', () => {
+    expect(words({ conntrack: false })[0]).toBe('/usr/sbin/modprobe nf_conntrack');
   });
 
   test('do not start units while the configuration names no network', () => {

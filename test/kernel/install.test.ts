@@ -364,6 +364,15 @@ case "$*" in
   disable*) rm -f /run/enabled ;;
 esac
 `;
+  /** onehost of a front-end with one host of each driver; fails unless /run/running says how many VMs run. */
+  const ONEHOST = `#!/bin/sh
+read -r running < /run/running || exit 255
+host() { echo "<HOST><NAME>$1</NAME><VM_MAD><![CDATA[$2]]></VM_MAD><HOST_SHARE><RUNNING_VMS>$3</RUNNING_VMS></HOST_SHARE></HOST>"; }
+echo '<HOST_POOL>'
+host other kvm 7
+host kvmib01 kvm-ib "$running"
+echo '</HOST_POOL>'
+`;
   const SCRIPT = `
 given=$1
 for directory in etc usr var; do
@@ -408,7 +417,14 @@ try vm-probe as /var/lib/one/remotes/im/kvm-probes.d/vm/monitor/kvm-ib.sh kvm 3 
 try refused kvm-ib uninstall host
 try still-there kvm-ib list
 try cut-off kvm-ib remove --vm 42
+install -m 0755 $given/onehost /usr/bin/onehost
+echo 1 > /run/running
+try busy kvm-ib uninstall front-end
+rm /run/running
+try silent kvm-ib uninstall front-end
+echo 0 > /run/running
 try uninstall-front-end kvm-ib uninstall front-end
+rm /usr/bin/onehost
 rm -f /run/systemctl
 try uninstall kvm-ib uninstall host --purge
 try told-again cat /run/systemctl
@@ -424,6 +440,7 @@ try difference diff $given/before $given/after
     chmodSync(root, 0o755);
     put('/script', SCRIPT);
     put('/systemctl', SYSTEMCTL);
+    put('/onehost', ONEHOST);
     put('/kvm-ib.yaml', CONFIG);
     put('/domain.xml', `${domainOf(vm)}\n`);
     put('/datastores/42/vm.xml', `${vmXmlOf(vm)}\n`);
@@ -465,6 +482,8 @@ try difference diff $given/before $given/after
     );
     expect(of('refused')).toMatch(/VMs are mapped: 42[\s\S]*status=4$/);
     expect(of('still-there')).toContain('192.168.10.202');
+    expect(of('busy')).toMatch(/VMs run on hosts of this driver: kvmib01\n[\s\S]*status=4$/);
+    expect(of('silent')).toMatch(/does not say which hosts use it[\s\S]*status=4$/);
     for (const name of ['cut-off', 'uninstall-front-end', 'uninstall']) done(name);
     expect(of('told-again')).toBe('disable --now kvm-ib.timer kvm-ib-reconcile.service\ndaemon-reload\nstatus=0');
     expect(of('tables')).toBe('status=0');

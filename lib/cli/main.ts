@@ -12,6 +12,7 @@ import type { Mapping, Network, Owner } from '../core/mapping.ts';
 import type { Change } from '../core/plan.ts';
 import { describe } from '../core/plan.ts';
 import { readConfig } from '../host/config-file.ts';
+import { exec } from '../host/exec.ts';
 import { createLinks } from '../host/links.ts';
 import { pathsFrom } from '../host/paths.ts';
 import { ownIdentity } from '../host/process.ts';
@@ -22,6 +23,7 @@ import { networkXml } from '../libvirt/network.ts';
 import { checkConfig } from '../ops/check.ts';
 import type { Host } from '../ops/host.ts';
 import { list, status } from '../ops/inspect.ts';
+import { obstacles } from '../ops/obstacles.ts';
 import { reconcileAndPublish } from '../ops/publish.ts';
 import type { SyncResult } from '../ops/sync.ts';
 import { sync } from '../ops/sync.ts';
@@ -373,7 +375,10 @@ async function configCheck(options: CommonOptions): Promise<void> {
   asJson = options.json ?? false;
   const file = options.config ?? pathsFrom(process.env).config;
   const config = readConfig(file);
-  const findings = await checkConfig({ config, links: createLinks() }, { read: readSysctl });
+  const findings = [
+    ...(await checkConfig({ config, links: createLinks() }, { read: readSysctl })),
+    ...(await obstacles(exec, config.networks, readProc('/proc/net/ip_tables_names')?.split('\n') ?? [])),
+  ];
   const worst =
     findings.find((f) => f.level === 'error' && f.code === 'conflict') ?? findings.find((f) => f.level === 'error');
   if (worst !== undefined) exitStatus = worst.code === 'conflict' ? EXIT.conflict : EXIT.hostLacks;
@@ -448,8 +453,12 @@ async function runTeardown(options: CommonOptions & { readonly force?: boolean }
 }
 
 function readSysctl(name: string): string | undefined {
+  return readProc(`/proc/sys/${name.replaceAll('.', '/')}`);
+}
+
+function readProc(path: string): string | undefined {
   try {
-    return readFileSync(`/proc/sys/${name.replaceAll('.', '/')}`, 'latin1').trim();
+    return readFileSync(path, 'latin1').trim();
   } catch {
     return undefined;
   }

@@ -86,7 +86,7 @@ export function parseConfig(raw: unknown, locate: Locate, file: string): Config 
       const path = (issue.path ?? []).map((item) => item.key as string | number);
       const key = String(path.findLast((part) => typeof part === 'string') ?? 'networks');
       const unknown = issue.type === 'strict_object' && issue.expected === 'never';
-      if (unknown) add(path, issue.input, 'the key is not known', KNOWN);
+      if (unknown) add(path, issue.path?.at(-1)?.value, 'the key is not known', KNOWN);
       else if (issue.input === undefined) add(path, undefined, 'it is missing', REMEDY[key] ?? KNOWN);
       else add(path, issue.input, `it is not ${issue.expected ?? 'valid'}`, REMEDY[key] ?? KNOWN);
     }
@@ -219,12 +219,11 @@ function specialUse(range: Range): string | undefined {
 }
 
 function fieldName(path: Path): string {
-  return (
-    path.reduce<string>(
-      (name, part) => (typeof part === 'number' ? `${name}[${part}]` : name === '' ? part : `${name}.${part}`),
-      '',
-    ) || '(document)'
+  const name = path.reduce<string>(
+    (name, part) => (typeof part === 'number' ? `${name}[${part}]` : name === '' ? part : `${name}.${part}`),
+    '',
   );
+  return printable(name) || '(document)';
 }
 
 function showValue(value: unknown): string {

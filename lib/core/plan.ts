@@ -84,8 +84,6 @@ export interface Desired {
   readonly release: readonly Mapping[];
 }
 
-const EMPTY: Elements = { guestToIb: [], ibToGuest: [], macs: [], unbound: [] };
-
 export function isEmptyElements(elements: Elements): boolean {
   return elements.guestToIb.length + elements.ibToGuest.length + elements.macs.length + elements.unbound.length === 0;
 }
@@ -144,6 +142,9 @@ export function plan(desired: Desired, observed: Observed): readonly Change[] {
     if (!byGuest.has(m.guest)) removeGuest(m.guest);
     if (!byAddress.has(m.address)) removeAddress(m.address);
     const wanted = byGuest.get(m.guest);
+    // Also when the pair is gone already: whoever removed it may have been stopped before it came to the flows. A mapping
+    // without a label comes from no file, so only what was seen of it goes.
+    if (m.label !== '' && wanted?.address !== m.address) dropPair(m.guest, m.address);
     if (
       m.mac !== null &&
       wanted?.mac !== m.mac &&
@@ -263,16 +264,10 @@ interface MutableElements {
 }
 
 function mutableElements(): MutableElements {
-  return {
-    guestToIb: [...EMPTY.guestToIb],
-    ibToGuest: [...EMPTY.ibToGuest],
-    macs: [...EMPTY.macs],
-    unbound: [...EMPTY.unbound],
-  };
+  return { guestToIb: [], ibToGuest: [], macs: [], unbound: [] };
 }
 
 function sorted(mappings: readonly Mapping[]): readonly Mapping[] {
-  return [...mappings].sort((a, b) =>
-    a.guest < b.guest ? -1 : a.guest > b.guest ? 1 : a.address < b.address ? -1 : 1,
-  );
+  const key = (m: Mapping): string => [m.guest, m.address, m.device, m.label, m.mac].join(' ');
+  return [...mappings].sort((a, b) => (key(a) < key(b) ? -1 : key(a) > key(b) ? 1 : 0));
 }

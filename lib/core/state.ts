@@ -6,6 +6,7 @@ import * as v from 'valibot';
 import type { Ipv4, LinkName, Mac } from './address.ts';
 import { tryParseIpv4, tryParseLinkName, tryParseMac } from './address.ts';
 import type { Mapping, Owner } from './mapping.ts';
+import { sameMapping } from './mapping.ts';
 
 export const STATE_VERSION = 1;
 
@@ -33,8 +34,10 @@ export interface StateFile {
   readonly phase: Phase;
   /** The wish. */
   readonly mappings: readonly Mapping[];
-  /** While pending: what the owner had before, to go back to. While removing: what is to go. */
+  /** While pending: what the owner had before, to go back to. */
   readonly previous: readonly Mapping[];
+  /** While pending: what an earlier action that did not end may have left in the kernel; never gone back to. */
+  readonly leftovers: readonly Mapping[];
   /** ISO 8601, UTC. */
   readonly updated: string;
 }
@@ -42,10 +45,11 @@ export interface StateFile {
 /** Every mapping that a file may still have in the kernel. */
 export function mappingsOf(file: StateFile | undefined): readonly Mapping[] {
   if (file === undefined) return [];
-  const extra = file.previous.filter(
-    (old) => !file.mappings.some((m) => m.guest === old.guest && m.address === old.address),
-  );
-  return [...file.mappings, ...extra];
+  const all: Mapping[] = [];
+  for (const m of [...file.mappings, ...file.previous, ...file.leftovers]) {
+    if (!all.some((other) => sameMapping(m, other))) all.push(m);
+  }
+  return all;
 }
 
 const ipv4 = v.custom<Ipv4>((value) => typeof value === 'string' && tryParseIpv4(value) !== undefined);
@@ -81,6 +85,7 @@ const stateSchema = v.object({
   ]),
   mappings: v.array(mappingSchema),
   previous: v.array(mappingSchema),
+  leftovers: v.optional(v.array(mappingSchema), []),
   updated: v.string(),
 });
 

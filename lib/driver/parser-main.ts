@@ -62,33 +62,46 @@ async function deploy(context: Call, call: Extract<ActionCall, { treatment: 'syn
   // latin1: each byte is one character, so the XML goes out as it came in, whatever its encoding.
   const xml = stdin.toString('latin1');
   if (isForeign(config, xml, 'domain')) return runStock(script, args, stdin);
-  const domain = parseDomain(xml);
-  if (!config.networks.some((network) => interfacesOnBridge(domain, network.bridge).length > 0)) {
-    return runStock(script, args, stdin);
-  }
-  const vm = parseVm(readVmXml(join(dirname(call.deploymentFile), 'vm.xml')));
-  requireVm(vm, call.vmId);
-  const { mappings, networksTouched, notes } = wishedMappings(config, vm);
-  requireAgreement(config, domain, vm, mappings);
-  const mtus = new Map(networksTouched.map((network) => [String(network.bridge), deviceMtu(network.device)]));
-  const spliced = spliceMtu(xml, mtus).xml;
-  for (const note of notes) say(logText({ level: 'info', text: note }));
-
+  // It starts while the XML is read: the two take equally long. Until it is told something it reads and changes nothing.
   const engine = startEngine();
-  let ending: Ending;
   try {
-    inform(await engine.sync(call.vmId, call.action, mappings, true));
+    const wish = readWish(config, xml, call);
+    if (wish === undefined) {
+      const ended = engine.close();
+      const ending = await runStock(script, args, stdin);
+      await ended;
+      return ending;
+    }
+    for (const note of wish.notes) say(logText({ level: 'info', text: note }));
+    inform(await engine.sync(call.vmId, call.action, wish.mappings, true));
+    let ending: Ending;
     try {
-      ending = await runStock(script, args, Buffer.from(spliced, 'latin1'));
+      ending = await runStock(script, args, Buffer.from(wish.xml, 'latin1'));
     } catch (error) {
       await settle(() => engine.verdict('undo'));
       throw error;
     }
     await settle(() => engine.verdict(succeeded(ending) ? 'commit' : 'undo'));
+    return ending;
   } finally {
     await engine.close();
   }
-  return ending;
+}
+
+/** What a VM that is to be deployed should have, and its domain XML with our MTUs; undefined: it has no NIC on our bridges. */
+function readWish(
+  config: Config,
+  xml: string,
+  call: Extract<ActionCall, { treatment: 'sync-before' }>,
+): { readonly mappings: readonly Mapping[]; readonly notes: readonly string[]; readonly xml: string } | undefined {
+  const domain = parseDomain(xml);
+  if (!config.networks.some((network) => interfacesOnBridge(domain, network.bridge).length > 0)) return undefined;
+  const vm = parseVm(readVmXml(join(dirname(call.deploymentFile), 'vm.xml')));
+  requireVm(vm, call.vmId);
+  const { mappings, networksTouched, notes } = wishedMappings(config, vm);
+  requireAgreement(config, domain, vm, mappings);
+  const mtus = new Map(networksTouched.map((network) => [String(network.bridge), deviceMtu(network.device)]));
+  return { mappings, notes, xml: spliceMtu(xml, mtus).xml };
 }
 
 async function release(context: Call, call: Extract<ActionCall, { treatment: 'release-after' }>): Promise<Ending> {

@@ -1,6 +1,6 @@
 /** Runs the stock `kvm` script as if we were not there: its argv, its stdin, our stdout and stderr, its way of ending. */
 import { spawn } from 'node:child_process';
-import { accessSync, closeSync, constants, readFileSync } from 'node:fs';
+import { accessSync, closeSync, constants } from 'node:fs';
 import { constants as os } from 'node:os';
 import { KvmIbError } from '../core/errors.ts';
 import { unlinkedFile } from '../host/exec.ts';
@@ -11,9 +11,8 @@ export interface Ending {
 }
 
 /**
- * @param args the last arguments of this process's own command line
  * @param stdin the bytes it reads, from a file that it may also re-open as /dev/stdin (a socket, Node's own pipe, could not be)
- * @throws KvmIbError `host-lacks` when the script is not there
+ * @throws KvmIbError `host-lacks` when the script is not there, `bad-input` for an argument that is not UTF-8
  */
 export function runStock(script: string, args: readonly string[], stdin: Uint8Array): Promise<Ending> {
   try {
@@ -25,9 +24,14 @@ export function runStock(script: string, args: readonly string[], stdin: Uint8Ar
       cause,
     });
   }
+  if (args.some((arg) => arg.includes('\ufffd'))) {
+    throw new KvmIbError('bad-input', `Cannot hand the arguments on to ${script}`, {
+      why: 'one of them is not UTF-8, and Node cannot pass its bytes on as they came',
+      fix: 'use names in UTF-8 for hosts, datastores and files',
+    });
+  }
   const input = unlinkedFile(stdin);
-  const [program, ...argv] = commandLine(script, args);
-  const child = spawn(program, argv, { stdio: [input, 'inherit', 'inherit'] });
+  const child = spawn(script, args, { stdio: [input, 'inherit', 'inherit'] });
   closeSync(input);
   // Whoever ends us means the action; it is the script that knows how to stop, and we still have to tidy up after it.
   const forward = (signal: NodeJS.Signals): void => {
@@ -44,31 +48,6 @@ export function runStock(script: string, args: readonly string[], stdin: Uint8Ar
       resolve({ status, signal });
     });
   });
-}
-
-/** A program text without a variable part: its arguments are words whose bytes are written as `\0ooo`. */
-const RUN_ESCAPED = `for word do word=$(printf '%b_' "$word"); set -- "$@" "\${word%_}"; shift; done; exec "$@"`;
-
-/**
- * Node reads and writes arguments as UTF-8, and bytes that are none become U+FFFD. An argument that has one is taken
- * from the kernel's record of our command line, and handed on by a shell, which keeps bytes.
- */
-function commandLine(script: string, args: readonly string[]): readonly [string, ...string[]] {
-  if (!args.some((arg) => arg.includes('\ufffd'))) return [script, ...args];
-  const own = splitAtNul(readFileSync('/proc/self/cmdline')).slice(-args.length);
-  const escaped = (bytes: Uint8Array): string =>
-    Array.from(bytes, (byte) => `\\0${byte.toString(8).padStart(3, '0')}`).join('');
-  return ['/bin/sh', '-c', RUN_ESCAPED, script, ...[Buffer.from(script), ...own].map(escaped)];
-}
-
-function splitAtNul(bytes: Buffer): readonly Buffer[] {
-  const parts: Buffer[] = [];
-  for (let start = 0; start < bytes.length; ) {
-    const end = bytes.indexOf(0, start);
-    parts.push(bytes.subarray(start, end));
-    start = end + 1;
-  }
-  return parts;
 }
 
 export function succeeded(ending: Ending): boolean {

@@ -3,7 +3,7 @@ import { closeSync, constants, fstatSync, openSync, readFileSync } from 'node:fs
 import { isNode, LineCounter, parseDocument } from 'yaml';
 import type { Locate } from '../core/config.ts';
 import { configError, parseConfig } from '../core/config.ts';
-import { KvmIbError } from '../core/errors.ts';
+import { KvmIbError, printable } from '../core/errors.ts';
 import type { Config } from '../core/mapping.ts';
 
 const SIZE_LIMIT = 1024 * 1024;
@@ -20,7 +20,7 @@ export function readConfig(file: string): Config {
     line: lines.linePos(error.pos[0]).line,
     field: 'YAML',
     value: error.code,
-    why: error.message,
+    why: printable(error.message),
     fix: 'correct the syntax',
   }));
   if (broken.length > 0) throw configError(file, broken);
@@ -35,7 +35,7 @@ export function readConfig(file: string): Config {
   try {
     raw = document.toJS({ maxAliasCount: 0 });
   } catch (cause) {
-    const why = cause instanceof Error ? cause.message : String(cause);
+    const why = printable(cause instanceof Error ? cause.message : String(cause));
     throw configError(file, [
       { line: 1, field: 'YAML', value: 'alias', why, fix: 'write the values out: no anchors or aliases' },
     ]);

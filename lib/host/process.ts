@@ -28,7 +28,21 @@ export function startTime(pid: number): number | undefined {
 export function isAlive(identity: ProcessIdentity): boolean {
   if (identity.bootId !== bootId()) return false;
   const stat = readStat(identity.pid);
-  return stat !== undefined && stat.start === identity.start && !'ZXx'.includes(stat.state);
+  if (stat === undefined) return existsUnseen(identity.pid);
+  return stat.start === identity.start && !'ZXx'.includes(stat.state);
+}
+
+/**
+ * /proc mounted with hidepid shows no processes of others to whom lacks CAP_SYS_PTRACE; kill(2) still says that the pid
+ * is taken. By whom cannot be told then, so it counts as the one that was meant.
+ */
+function existsUnseen(pid: number): boolean {
+  if (!Number.isSafeInteger(pid) || pid <= 0) return false;
+  try {
+    return process.kill(pid, 0);
+  } catch (error) {
+    return (error as NodeJS.ErrnoException).code === 'EPERM';
+  }
 }
 
 function readStat(pid: number): { readonly state: string; readonly start: number } | undefined {

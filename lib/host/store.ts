@@ -34,6 +34,9 @@ import type { StateFile } from '../core/state.ts';
 import { mappingsOf, parseStateFile } from '../core/state.ts';
 import type { Store, TableRecord } from '../ops/host.ts';
 
+/** Names of files that are being written. */
+const TEMPORARY = /^\.[0-9a-f]{12}$/;
+
 /** Opens the state directory; it is made at the first write. Reading an absent one finds nothing. */
 export function createStore(directory: string): Store {
   const mappings = join(directory, 'mappings');
@@ -108,8 +111,23 @@ export function createStore(directory: string): Store {
       guard(fileOf(name), () => {
         const before = keysOf(readQuietly(name));
         const now = new Set(keysOf(file));
-        for (const address of now) if (claimant(address) !== name) claim(address, name);
-        replaceFile(mappings, fileOf(name), `${JSON.stringify(file, undefined, 1)}\n`);
+        const taken: [Ipv4, string | undefined][] = [];
+        try {
+          for (const address of now) {
+            const former = claimant(address);
+            if (former === name) continue;
+            taken.push([address, former]);
+            claim(address, name);
+          }
+          replaceFile(mappings, fileOf(name), `${JSON.stringify(file, undefined, 1)}\n`);
+        } catch (error) {
+          // A claim that was taken over goes back, or its owner's file would have one too few.
+          for (const [address, former] of taken) {
+            if (former === undefined) unclaim([address], name);
+            else claim(address, former);
+          }
+          throw error;
+        }
         unclaim(
           before.filter((address) => !now.has(address)),
           name,
@@ -156,9 +174,15 @@ export function createStore(directory: string): Store {
       if (files.length === 0 && listIfThere(claims).length === 0) return;
       make();
       guard(claims, () => {
-        const wanted = new Map(
-          files.flatMap((file) => keysOf(file).map((address) => [address, ownerName(file.owner)] as const)),
-        );
+        // Half-written files of processes that were killed.
+        for (const folder of [directory, mappings]) {
+          for (const entry of listIfThere(folder))
+            if (TEMPORARY.test(entry)) rmSync(join(folder, entry), { force: true });
+        }
+        const wanted = new Map<Ipv4, string>();
+        for (const file of files) {
+          for (const address of keysOf(file)) if (!wanted.has(address)) wanted.set(address, ownerName(file.owner));
+        }
         for (const [address, name] of wanted) if (claimant(address) !== name) claim(address, name);
         for (const entry of listIfThere(claims)) {
           const address = tryParseIpv4(entry);
@@ -216,13 +240,13 @@ function replaceFile(directory: string, path: string, text: string): void {
     const bytes = Buffer.from(text);
     for (let done = 0; done < bytes.length; ) done += writeSync(fd, bytes, done);
     fsyncSync(fd);
+    renameSync(temporary, path);
   } catch (error) {
     rmSync(temporary, { force: true });
     throw error;
   } finally {
     closeSync(fd);
   }
-  renameSync(temporary, path);
   syncDirectory(directory);
 }
 

@@ -14,10 +14,15 @@ export interface Applied {
 }
 
 /**
+ * @param finish the last step, which writes the files: when it fails, the changes are undone as for any other step
  * @throws KvmIbError the error of the step that failed, after all earlier steps were undone; `reversal-failed` with both
  *   reasons when undoing failed as well
  */
-export async function apply(host: Host, changes: readonly Change[]): Promise<Applied> {
+export async function apply(
+  host: Host,
+  changes: readonly Change[],
+  finish: () => void | Promise<void> = () => undefined,
+): Promise<Applied> {
   const done: Change[] = [];
   const warnings: string[] = [];
   let flushed = 0;
@@ -27,8 +32,13 @@ export async function apply(host: Host, changes: readonly Change[]): Promise<App
       flushed += outcome.flushed;
       if (outcome.changed) done.push(...step);
     } catch (error) {
-      await undoAll(host, done, step, error);
+      throw await undoAll(host, done, `Cannot apply "${step.flatMap(describe).join('; ')}"`, error);
     }
+  }
+  try {
+    await finish();
+  } catch (error) {
+    throw await undoAll(host, done, 'Cannot finish', error);
   }
   const announcements = changes.filter((change) => change.kind === 'announce');
   if (announcements.length > 0) {
@@ -116,24 +126,38 @@ function addedPairs(change: Extract<Change, { kind: 'change-pairs' }>): readonly
   return change.add.guestToIb.map(({ guest, address }) => ({ kind: 'mapping', guest, address }));
 }
 
-async function undoAll(host: Host, done: readonly Change[], failed: Step, cause: unknown): Promise<never> {
-  const error = toKvmIbError(cause, `Cannot apply "${failed.flatMap(describe).join('; ')}"`);
+/** @returns what to throw: the cause, or `reversal-failed` */
+async function undoAll(host: Host, done: readonly Change[], message: string, cause: unknown): Promise<KvmIbError> {
+  const error = toKvmIbError(cause, message);
   const reversalErrors: string[] = [];
+  const attempt = async (what: string, act: () => Promise<unknown>): Promise<boolean> => {
+    try {
+      await act();
+      return true;
+    } catch (reversalCause) {
+      const { message: failed, why } = toKvmIbError(reversalCause);
+      reversalErrors.push(`${what}: ${failed}${why === undefined ? '' : `: ${why}`}`);
+      return false;
+    }
+  };
   for (const change of [...done].reverse()) {
     const back = reverse(change);
     if (back === undefined || back.kind === 'announce') continue;
-    try {
-      await perform(host, [back]);
-      // Flows that began while the pair was in keep their translation; they must not outlive it.
-      if (change.kind === 'change-pairs') await host.conntrack.flush(addedPairs(change));
-    } catch (reversalCause) {
-      const reversalError = toKvmIbError(reversalCause);
-      reversalErrors.push(`${describe(back).join('; ')}: ${reversalError.message}: ${reversalError.why ?? ''}`);
+    // After one that failed none is tried: every prefix of a plan is safe, any other subset is not (an alias would come
+    // back whose pair did not).
+    if (!(await attempt(describe(back).join('; '), () => perform(host, [back])))) break;
+    // Flows that began while the pair was in keep their translation; they must not outlive it.
+    if (change.kind === 'change-pairs') {
+      await attempt('conntrack entries of the undone pairs', () => host.conntrack.flush(addedPairs(change)));
     }
   }
-  if (reversalErrors.length === 0) throw error;
-  throw new KvmIbError('reversal-failed', error.message, {
-    why: `${error.why ?? 'the step failed'}; and undoing what was done before failed too: ${reversalErrors.join(' | ')}`,
+  return reversalErrors.length === 0 ? error : reversalFailed(error, reversalErrors);
+}
+
+/** The error for a failure after which not everything could be undone. */
+export function reversalFailed(error: KvmIbError, reasons: readonly string[]): KvmIbError {
+  return new KvmIbError('reversal-failed', error.message, {
+    why: `${error.why ?? 'the step failed'}; and undoing what was done before failed too: ${reasons.join(' | ')}`,
     fix: 'run `kvm-ib status` to see what differs, then `kvm-ib reconcile`',
     cause: error,
   });

@@ -2,7 +2,6 @@
 import type { Config, Network } from '../core/mapping.ts';
 import type { Link, Links } from '../link/ports.ts';
 import { ARPHRD } from '../link/ports.ts';
-import type { Host } from './host.ts';
 import { ownAddressInRange, tableSpec } from './observe.ts';
 
 export interface Finding {
@@ -26,7 +25,7 @@ export async function checkConfig(
   sysctls: Sysctls,
 ): Promise<readonly Finding[]> {
   const findings: Finding[] = [];
-  const spec = tableSpec(host as Host, await host.links.addresses());
+  const spec = tableSpec(host.config, await host.links.addresses());
   for (const network of host.config.networks) {
     const device = await host.links.link(network.device);
     const bridge = await host.links.link(network.bridge);

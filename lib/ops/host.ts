@@ -24,7 +24,7 @@ export interface Store {
     readonly files: readonly StateFile[];
     readonly unreadable: readonly { readonly path: string; readonly why: string }[];
   };
-  /** Makes the index of claims equal to the files. */
+  /** Makes the index of claims equal to the files, and clears away what killed writers left. */
   repairClaims(files: readonly StateFile[]): void;
   readTable(): TableRecord | undefined;
   writeTable(record: TableRecord | undefined): void;

@@ -1,15 +1,17 @@
 /** What kvm-ib knows (`list`) and how the kernel differs from it (`status`). Neither changes anything. */
 import type { Ipv4 } from '../core/address.ts';
 import { rangeContains } from '../core/address.ts';
+import type { KvmIbError } from '../core/errors.ts';
 import type { Mapping } from '../core/mapping.ts';
 import { isOurLabel, ownerName } from '../core/mapping.ts';
 import type { Change, Observed } from '../core/plan.ts';
 import { plan } from '../core/plan.ts';
+import { mappingsOf } from '../core/state.ts';
 import type { Host } from './host.ts';
 import type { HostView } from './observe.ts';
 import { observeHost, ownAddressInRange } from './observe.ts';
 import type { Intent } from './reconcile.ts';
-import { readIntent, tableDifferences } from './reconcile.ts';
+import { goalOf, readIntent, tableDifferences } from './reconcile.ts';
 
 /** One row of `list`. */
 export interface ListEntry {
@@ -69,18 +71,34 @@ export function status(host: Host): Promise<Status> {
   return host.withLock('status', async () => {
     const intent = await readIntent(host);
     const view = await observeHost(host);
-    const changes = plan({ want: intent.want, release: intent.release }, view.observed);
+    const goal = goalOf(host, intent, view);
     const drift = [
-      ...fileDrift(host, intent),
-      ...tableDifferences(view).map((text) => tableDrift(text)),
+      ...fileDrift(intent),
+      ...intent.conflicts.map((error) => errorDrift(null, 'file', error)),
+      ...tableDifferences(view).map(tableDrift),
       ...linkDrift(host, view),
-      ...foreignAliases(intent.want, view),
-      ...changes.flatMap((change) => changeDrift(change, view.observed)),
-      ...strays(intent, view.observed),
+      ...goal.hindered.map(({ mapping, error }) =>
+        errorDrift(mapping, error.code === 'out-of-range' ? 'file' : 'alias', error),
+      ),
+      ...plan(goal, view.observed).flatMap((change) => changeDrift(change, view.observed)),
       ...orphanAliases(host, intent, view),
     ];
-    return { ok: drift.length === 0, mappings: intent.want.length, drift, warnings: intent.warnings };
+    const kept = intent.entries.filter((entry) => entry.verdict === 'keep');
+    const mappings = kept.flatMap((entry) => entry.file.mappings).length;
+    return { ok: drift.length === 0, mappings, drift, warnings: intent.warnings };
   });
+}
+
+/** What reconcile cannot bring right by itself. */
+function errorDrift(mapping: Mapping | null, part: DriftPart, error: KvmIbError): Drift {
+  return {
+    guest: mapping?.guest ?? null,
+    address: mapping?.address ?? null,
+    part,
+    expected: mapping === null ? 'one claim on each address' : `${mapping.address}/32 on ${mapping.device}`,
+    observed: error.why ?? error.message,
+    fix: error.fix ?? RECONCILE,
+  };
 }
 
 function tableDrift(observed: string): Drift {
@@ -94,38 +112,20 @@ function tableDrift(observed: string): Drift {
   };
 }
 
-function fileDrift(host: Host, intent: Intent): readonly Drift[] {
-  const fromFiles = intent.entries
-    .filter(({ verdict, file }) => verdict === 'release' || (verdict === 'keep' && file.phase.name !== 'active'))
-    .flatMap(({ file, verdict, why }) =>
-      file.mappings.map((m): Drift => {
-        const expected = verdict === 'release' ? `no file of ${ownerName(file.owner)}: ${why}` : 'active';
-        return {
-          guest: m.guest,
-          address: m.address,
-          part: 'file',
-          expected,
-          observed: file.phase.name,
-          fix: RECONCILE,
-        };
-      }),
-    );
-  const missing = intent.entries
-    .filter(
-      ({ file, verdict }) =>
-        file.owner.kind === 'static' && verdict === 'keep' && host.store.read(file.owner) === undefined,
-    )
-    .flatMap(({ file }) => file.mappings)
-    .map(
-      (m): Drift => ({
-        guest: m.guest,
-        address: m.address,
-        part: 'file',
-        expected: 'active: it stands under `static` in the configuration',
-        observed: 'absent',
-        fix: RECONCILE,
-      }),
-    );
+function fileDrift(intent: Intent): readonly Drift[] {
+  const item = (m: Mapping, expected: string, observed: string): Drift => {
+    return { guest: m.guest, address: m.address, part: 'file', expected, observed, fix: RECONCILE };
+  };
+  const fromFiles = intent.entries.flatMap(({ file, stored, verdict, why }): readonly Drift[] => {
+    const seen = stored === undefined ? 'absent' : stored.phase.name;
+    if (verdict === 'release') {
+      return mappingsOf(file).map((m) => item(m, `no file of ${ownerName(file.owner)}: ${why}`, seen));
+    }
+    if (verdict === 'leave' || (stored === file && file.phase.name === 'active')) return [];
+    const before = stored?.mappings.map((m) => `${m.guest} <-> ${m.address}`).join(', ');
+    const changed = stored?.phase.name === 'active' ? `active: ${before}` : seen;
+    return file.mappings.map((m) => item(m, `active: ${why}`, changed));
+  });
   const broken = intent.unreadable.map(
     ({ path, why }): Drift => ({
       guest: null,
@@ -136,7 +136,7 @@ function fileDrift(host: Host, intent: Intent): readonly Drift[] {
       fix: `mv ${path} ${path}.bad && kvm-ib reconcile`,
     }),
   );
-  return [...fromFiles, ...missing, ...broken];
+  return [...fromFiles, ...broken];
 }
 
 function linkDrift(host: Host, view: HostView): readonly Drift[] {
@@ -161,27 +161,6 @@ function linkDrift(host: Host, view: HostView): readonly Drift[] {
             },
           ]
         : []),
-    ];
-  });
-}
-
-/** Wanted addresses that somebody else has put on a link of this host. */
-function foreignAliases(want: readonly Mapping[], view: HostView): readonly Drift[] {
-  const byAddress = new Map(want.map((m) => [m.address, m]));
-  return view.addresses.flatMap((entry): Drift[] => {
-    const m = byAddress.get(entry.address);
-    if (m === undefined || (entry.device === m.device && entry.label === m.label && entry.prefixLength === 32))
-      return [];
-    const cidr = `${entry.address}/${entry.prefixLength}`;
-    return [
-      {
-        guest: m.guest,
-        address: m.address,
-        part: 'alias',
-        expected: `${m.address}/32 on ${m.device} labelled ${m.label}, and nowhere else`,
-        observed: `${cidr} on ${entry.device} labelled ${entry.label}`,
-        fix: `ip address del ${cidr} dev ${entry.device}`,
-      },
     ];
   });
 }
@@ -251,30 +230,14 @@ function pairDrift(change: Extract<Change, { kind: 'change-pairs' }>, observed: 
     if (!replaced.has(address)) item(guest, address, 'absent', `ib_to_guest ${address} : ${guest}`);
   }
   for (const { guest, mac } of change.remove.macs) item(guest, null, 'absent', `guest_mac ${guest} . ${mac}`);
+  for (const guest of change.remove.unbound) item(guest, null, 'absent', `guest_any_mac ${guest}`);
   return drift;
-}
-
-/** Elements of our table that no file knows. */
-function strays(intent: Intent, observed: Observed): readonly Drift[] {
-  const known = new Set<string>(intent.left);
-  for (const m of [...intent.want, ...intent.release]) known.add(m.guest).add(m.address);
-  const item = (guest: Ipv4, address: Ipv4, seen: string): Drift => {
-    return { guest, address, part: 'map', expected: 'absent: no file has it', observed: seen, fix: RECONCILE };
-  };
-  return [
-    ...[...observed.guestToIb]
-      .filter(([guest]) => !known.has(guest))
-      .map(([g, a]) => item(g, a, `guest_to_ib ${g} : ${a}`)),
-    ...[...observed.ibToGuest]
-      .filter(([address]) => !known.has(address))
-      .map(([a, g]) => item(g, a, `ib_to_guest ${a} : ${g}`)),
-  ];
 }
 
 /** Aliases that look like ours but that no file knows: reported, never removed, since the label alone proves nothing. */
 function orphanAliases(host: Host, intent: Intent, view: HostView): readonly Drift[] {
-  const known = new Set<string>(intent.left);
-  for (const m of [...intent.want, ...intent.release]) known.add(m.address);
+  const known = new Set(intent.entries.flatMap(({ file }) => mappingsOf(file).map((m) => m.address)));
+  const unread = intent.unreadable.length > 0;
   return view.addresses.flatMap((entry): Drift[] => {
     const network = host.config.networks.find((n) => n.device === entry.device);
     if (network === undefined || known.has(entry.address)) return [];
@@ -284,9 +247,12 @@ function orphanAliases(host: Host, intent: Intent, view: HostView): readonly Dri
         guest: null,
         address: entry.address,
         part: 'alias',
-        expected: 'absent: no file has it',
+        expected: unread ? 'named by a file' : 'absent: no file has it',
         observed: `${entry.address}/${entry.prefixLength} on ${entry.device} labelled ${entry.label}`,
-        fix: `ip address del ${entry.address}/${entry.prefixLength} dev ${entry.device}`,
+        // The alias of a file that cannot be read looks just the same.
+        fix: unread
+          ? 'see to the state file that cannot be read first'
+          : `ip address del ${entry.address}/${entry.prefixLength} dev ${entry.device}`,
       },
     ];
   });

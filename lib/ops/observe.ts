@@ -1,8 +1,8 @@
 /** Reads from the kernel what a plan needs: by key for the mappings of one change, or everything for reconcile and status. */
-import type { Ipv4, LinkName } from '../core/address.ts';
+import type { Ipv4, LinkName, Mac } from '../core/address.ts';
 import { rangeContains } from '../core/address.ts';
 import { KvmIbError } from '../core/errors.ts';
-import type { Mapping, Network } from '../core/mapping.ts';
+import type { Config, Mapping, Network } from '../core/mapping.ts';
 import { isOurLabel } from '../core/mapping.ts';
 import type { Observed, ObservedAlias, ObservedBridge } from '../core/plan.ts';
 import { elementComment } from '../core/plan.ts';
@@ -14,12 +14,22 @@ export function pairOf(mapping: Mapping): Pair {
   return { guest: mapping.guest, address: mapping.address, mac: mapping.mac, comment: elementComment(mapping) };
 }
 
+/** The pairs that a table holds both ways, each with its binding to a source MAC, or to none where it is unbound. */
+export function observedPairs(observed: ObservedPairs): readonly Pair[] {
+  const macs = new Map([...observed.macs].map((entry) => entry.split(' ') as [Ipv4, Mac]));
+  return [...observed.guestToIb].flatMap(([guest, address]): readonly Pair[] => {
+    const mac = macs.get(guest) ?? null;
+    const bound = mac !== null || observed.unbound.has(guest);
+    return bound && observed.ibToGuest.get(address) === guest ? [{ guest, address, mac, comment: '' }] : [];
+  });
+}
+
 /**
  * Observes just these mappings, at a cost that does not grow with how many others there are.
  * @param want mappings that are to be there: their links must exist, and their addresses must be free or ours
  * @param before mappings that this owner has had, or that are to be released
- * @param trusted mappings known to be ours by their active file: an address of theirs that is local is taken to be our
- *   alias without dumping all addresses
+ * @param trusted mappings of active files: an address of theirs that is local is taken to be our alias without dumping
+ *   all addresses
  * @throws KvmIbError `conflict` when an address is held by an alias or link that is not ours, `host-lacks` when a link is missing
  */
 export async function observeMappings(
@@ -67,8 +77,9 @@ async function observeAliases(
 ): Promise<readonly ObservedAlias[]> {
   const found: ObservedAlias[] = [];
   let dump: readonly InetAddress[] | undefined;
+  const all = [...want, ...before];
   const wanted = new Set(want.map((m) => m.address));
-  for (const address of new Set([...want, ...before].map((m) => m.address))) {
+  for (const address of new Set(all.map((m) => m.address))) {
     if (!(await host.links.isLocal(address))) continue;
     const known = trusted.find((m) => m.address === address);
     if (known !== undefined) {
@@ -76,20 +87,18 @@ async function observeAliases(
       continue;
     }
     dump ??= await host.links.addresses();
-    const holders = dump.filter((entry) => entry.address === address);
-    const ours = holders.filter((entry) => isAliasOf(entry, [...want, ...before]));
-    found.push(...ours.map((entry) => ({ device: entry.device, address, label: entry.label })));
-    const stranger = holders.find((entry) => !ours.includes(entry));
+    const stranger = strangersOf(dump, all).get(address);
     if (stranger !== undefined && wanted.has(address)) throw foreignAlias(address, stranger);
+    found.push(...aliasesIn(dump).filter((alias) => alias.address === address));
   }
   return found;
 }
 
-function isAliasOf(entry: InetAddress, mappings: readonly Mapping[]): boolean {
-  return mappings.some(
-    (m) =>
-      m.address === entry.address && m.device === entry.device && m.label === entry.label && entry.prefixLength === 32,
-  );
+/** What may be an alias of ours: a plan compares device and label as well, and touches no other. */
+function aliasesIn(addresses: readonly InetAddress[]): readonly ObservedAlias[] {
+  return addresses
+    .filter((entry) => entry.prefixLength === 32)
+    .map(({ device, address, label }) => ({ device, address, label }));
 }
 
 function foreignAlias(address: Ipv4, holder: InetAddress): KvmIbError {
@@ -116,19 +125,28 @@ export async function observeBridge(host: Host, bridge: LinkName, device: LinkNa
   };
 }
 
-function requireLinks(observed: ObservedBridge): void {
-  if (observed.deviceMtu === null) {
-    throw new KvmIbError('host-lacks', `Cannot map on ${observed.device}`, {
-      why: `this host has no link ${observed.device}`,
-      fix: `bring the IPoIB link up (ip link show ${observed.device}), or correct \`device\` in the configuration`,
-    });
+/** @throws KvmIbError `host-lacks` when a link that these mappings need is missing */
+export async function refuseMissingLinks(host: Host, want: readonly Mapping[]): Promise<void> {
+  for (const [bridge, device] of new Map(want.map((m) => [m.bridge, m.device]))) {
+    requireLinks(await observeBridge(host, bridge, device));
   }
+}
+
+function requireLinks(observed: ObservedBridge): void {
+  if (observed.deviceMtu === null) throw noDevice(observed.device);
   if (observed.bridgeMtu === null) {
     throw new KvmIbError('host-lacks', `Cannot map on ${observed.bridge}`, {
       why: `this host has no bridge ${observed.bridge}`,
       fix: `start its libvirt network, made from \`kvm-ib network-xml\` (virsh net-list --all), or correct \`bridge\` in the configuration`,
     });
   }
+}
+
+function noDevice(device: LinkName): KvmIbError {
+  return new KvmIbError('host-lacks', `Cannot map on ${device}`, {
+    why: `this host has no link ${device}`,
+    fix: `bring the IPoIB link up (ip link show ${device}), or correct \`device\` in the configuration`,
+  });
 }
 
 /** Everything of ours in the kernel, and the addresses that are not. */
@@ -142,23 +160,62 @@ export interface HostView {
 
 export async function observeHost(host: Host): Promise<HostView> {
   const addresses = await host.links.addresses();
-  const spec = tableSpec(host, addresses);
+  const spec = tableSpec(host.config, addresses);
   const table = await host.nat.list(spec);
   const bridges: ObservedBridge[] = [];
   for (const network of host.config.networks) bridges.push(await observeBridge(host, network.bridge, network.device));
-  const aliases = addresses
-    .filter((entry) => entry.prefixLength === 32)
-    .map(({ device, address, label }) => ({ device, address, label }));
-  return { table, spec, observed: { ...table, aliases, bridges }, addresses };
+  return { table, spec, observed: { ...table, aliases: aliasesIn(addresses), bridges }, addresses };
+}
+
+/**
+ * What keeps a wanted mapping from being made on this host; undefined: nothing.
+ * @param strangers addresses of this host that are no aliases of ours, see `strangersOf`
+ * @returns `out-of-range` when the configuration has changed under it, `host-lacks` without its link, `conflict` when the
+ *   host's own address lies in the range or somebody else has its IB address
+ */
+export function hindranceOf(
+  config: Config,
+  mapping: Mapping,
+  view: HostView,
+  strangers: ReadonlyMap<Ipv4, InetAddress>,
+): KvmIbError | undefined {
+  const { device, bridge, guest, address } = mapping;
+  const network = config.networks.find((n) => n.device === device && n.bridge === bridge);
+  if (network === undefined || !rangeContains(network.guests, guest) || !rangeContains(network.addresses, address)) {
+    return new KvmIbError('out-of-range', `Cannot serve ${guest} <-> ${address}`, {
+      why: `no network of the configuration has ${guest} on ${bridge} and ${address} on ${device} any more`,
+      fix: `put the network back into the configuration, or take the mapping away: kvm-ib remove --guest ${guest}`,
+    });
+  }
+  const own = ownAddressInRange(network, view.spec.hostAddresses.get(network.name) ?? []);
+  if (own !== undefined) return own;
+  const seen = view.observed.bridges.find((b) => b.device === device);
+  if (seen?.deviceMtu === null) return noDevice(device);
+  const stranger = strangers.get(address);
+  return stranger === undefined ? undefined : foreignAlias(address, stranger);
+}
+
+/** Who has addresses of this host that are no alias of any of these mappings, by address. */
+export function strangersOf(
+  addresses: readonly InetAddress[],
+  mappings: readonly Mapping[],
+): ReadonlyMap<Ipv4, InetAddress> {
+  const key = (alias: { device: string; address: Ipv4; label: string }): string =>
+    `${alias.device} ${alias.address} ${alias.label}`;
+  const ours = new Set(mappings.map(key));
+  const strangers = addresses.filter((entry) => entry.prefixLength !== 32 || !ours.has(key(entry)));
+  return new Map(strangers.map((entry) => [entry.address, entry]));
 }
 
 /** What the rule set depends on: the configuration, and the host's own addresses on each IPoIB link. */
-export function tableSpec(host: Host, addresses: readonly InetAddress[]): TableSpec {
+export function tableSpec(config: Config, addresses: readonly InetAddress[]): TableSpec {
   const own = (network: Network): readonly Ipv4[] =>
     addresses
       .filter((entry) => entry.device === network.device && !isOurLabel(network.device, entry.label))
+      // Somebody's labelled alias in the IB range is in the way of that one address, not the host's own.
+      .filter((entry) => entry.label === network.device || !rangeContains(network.addresses, entry.address))
       .map((entry) => entry.address);
-  return { networks: host.config.networks, hostAddresses: new Map(host.config.networks.map((n) => [n.name, own(n)])) };
+  return { networks: config.networks, hostAddresses: new Map(config.networks.map((n) => [n.name, own(n)])) };
 }
 
 /**

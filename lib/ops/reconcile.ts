@@ -2,30 +2,30 @@
  * reconcile: make the kernel equal to the files, and end what no driver action ends: guests that powered themselves off,
  * crashed, or whose host was lost. It runs at boot, after a firewall reload and on a timer.
  */
-import type { Ipv4, LinkName } from '../core/address.ts';
+import type { Ipv4, LinkName, Mac } from '../core/address.ts';
 import { rangeContains } from '../core/address.ts';
 import { resolveMapping } from '../core/config.ts';
-import type { KvmIbError } from '../core/errors.ts';
-import { toKvmIbError } from '../core/errors.ts';
+import { KvmIbError, toKvmIbError } from '../core/errors.ts';
 import type { Mapping, Owner } from '../core/mapping.ts';
-import { ownerName } from '../core/mapping.ts';
-import type { Change, Observed } from '../core/plan.ts';
+import { ownerName, sameMapping } from '../core/mapping.ts';
+import type { Change, Desired, Observed } from '../core/plan.ts';
 import { plan } from '../core/plan.ts';
 import type { StateFile, Verdict } from '../core/state.ts';
 import { mappingsOf, verdictOf } from '../core/state.ts';
+import type { TableSpec } from '../nat/engine.ts';
 import { apply } from './apply.ts';
 import type { Host } from './host.ts';
 import { domainName } from './host.ts';
 import type { HostView } from './observe.ts';
-import { observeHost, ownAddressInRange, pairOf } from './observe.ts';
-import { distinctPairs, stateFile } from './sync.ts';
+import { hindranceOf, observeHost, ownAddressInRange, strangersOf } from './observe.ts';
+import { loadTable, removing, stateFile } from './sync.ts';
 
 export interface ReconcileResult {
   /** What was done, or with `dryRun` what would be. */
   readonly changes: readonly Change[];
   /** Why the table was loaded anew; empty when it was left. */
   readonly table: readonly string[];
-  /** Owners whose mappings were released. */
+  /** Owners whose mappings were released, or with `dryRun` would be. */
   readonly released: readonly string[];
   /** Owners left alone, with the reason. */
   readonly left: readonly { readonly owner: string; readonly why: string }[];
@@ -35,55 +35,68 @@ export interface ReconcileResult {
   readonly flushed: number;
 }
 
-/** What each file means, and with it what the kernel should hold. Shared by reconcile and status. */
+/** One owner, and what is to become of its mappings. */
+export interface Entry {
+  /** As it should be: of a static mapping, as the configuration has it. */
+  readonly file: StateFile;
+  /** As it stands in the directory. */
+  readonly stored: StateFile | undefined;
+  readonly verdict: Verdict;
+  readonly why: string;
+}
+
+/** What each file means. Shared by reconcile and status. */
 export interface Intent {
-  readonly entries: readonly { readonly file: StateFile; readonly verdict: Verdict; readonly why: string }[];
-  readonly want: readonly Mapping[];
-  readonly release: readonly Mapping[];
-  /** Guest and IB addresses that an action is at work on: neither wanted nor stray. */
-  readonly left: ReadonlySet<Ipv4>;
+  readonly entries: readonly Entry[];
   readonly unreadable: readonly { readonly path: string; readonly why: string }[];
   readonly warnings: readonly string[];
+  /** Claims that cannot stand beside an earlier one. */
+  readonly conflicts: readonly KvmIbError[];
 }
 
 /** Reads the files, asks libvirt once, and decides. Static mappings of the configuration count as files. */
 export async function readIntent(host: Host): Promise<Intent> {
+  // First the files, then libvirt: a file becomes active only after its domain did, so a domain that is not there now
+  // has ended.
   const { files: stored, unreadable } = host.store.all();
-  const files = withStatics(host, stored);
-  const warnings: string[] = [];
-  const vmFiles = files.filter((file) => file.owner.kind === 'vm');
-  const active = vmFiles.length > 0 ? await host.domains.active() : new Set<string>();
-  if (active === undefined) {
-    warnings.push('libvirt does not answer: no mapping of a VM is released until it does');
+  const vms = stored.some((file) => file.owner.kind === 'vm');
+  const active = vms ? await host.domains.active() : new Set<string>();
+  const entries = stored.map((file) => entryOf(host, file, active));
+  const unread = new Set(unreadable.map(({ path }) => path.slice(path.lastIndexOf('/') + 1)));
+  for (const [owner, mapping] of statics(host)) {
+    // Its file is there and cannot be read: what it says is not known, so it is not written over.
+    if (unread.has(`${ownerName(owner)}.json`)) continue;
+    const index = entries.findIndex((entry) => ownerName(entry.file.owner) === ownerName(owner));
+    const known = entries[index]?.stored;
+    const [held] = known?.mappings ?? [];
+    if (known?.phase.name === 'active' && held !== undefined && sameMapping(held, mapping)) continue;
+    const file = { ...stateFile(host, owner, { name: 'active' }, [mapping]), previous: mappingsOf(known) };
+    if (index !== -1) entries.splice(index, 1);
+    // Behind all that stands already: it yields to them.
+    entries.push({ file, stored: known, verdict: 'keep', why: 'the configuration has it' });
   }
-  const entries = files.map((file) => {
-    const alive = file.phase.name === 'pending' && host.processes.isAlive(file.phase.holder);
-    const running = file.owner.kind === 'vm' ? active?.has(domainName(file.owner.vm)) : undefined;
-    const gone = file.owner.kind === 'static' && !isConfigured(host, file.owner);
-    const verdict = gone ? 'release' : verdictOf(file, alive, active === undefined ? undefined : (running ?? false));
-    return {
-      file,
-      verdict,
-      why: gone ? 'it is no longer under `static` in the configuration' : reason(file, verdict, alive),
-    };
-  });
-  const of = (verdict: Verdict): readonly StateFile[] =>
-    entries.filter((e) => e.verdict === verdict).map((e) => e.file);
-  const want = of('keep').flatMap((file) => file.mappings);
-  const kept = distinctPairs(want);
-  for (const m of want) {
-    if (!kept.includes(m))
-      warnings.push(`${m.guest} <-> ${m.address} (${m.label}) is claimed twice; the first claim stands`);
+  const warnings =
+    active === undefined ? ['libvirt does not answer: no mapping of a VM is released until it does'] : [];
+  return { ...withoutDoubleClaims(entries), unreadable, warnings };
+}
+
+function statics(host: Host): readonly (readonly [Extract<Owner, { kind: 'static' }>, Mapping])[] {
+  return host.config.static.map(({ guest, address }) => [
+    { kind: 'static', guest },
+    resolveMapping(host.config, { guest, address, mac: null, vm: null, nic: null }),
+  ]);
+}
+
+function entryOf(host: Host, file: StateFile, active: ReadonlySet<string> | undefined): Entry {
+  const { owner, phase } = file;
+  if (owner.kind === 'static' && !host.config.static.some((entry) => entry.guest === owner.guest)) {
+    const why = 'it is no longer under `static` in the configuration';
+    return { file, stored: file, verdict: 'release', why };
   }
-  const dropped = of('keep').flatMap((file) => mappingsOf(file).filter((m) => !file.mappings.includes(m)));
-  return {
-    entries,
-    want: kept,
-    release: [...of('release').flatMap(mappingsOf), ...dropped],
-    left: new Set(of('leave').flatMap((file) => mappingsOf(file).flatMap((m) => [m.guest, m.address]))),
-    unreadable,
-    warnings,
-  };
+  const alive = phase.name === 'pending' && host.processes.isAlive(phase.holder);
+  const running = owner.kind === 'vm' ? active?.has(domainName(owner.vm)) : undefined;
+  const verdict = verdictOf(file, alive, running);
+  return { file, stored: file, verdict, why: reason(file, verdict, alive) };
 }
 
 function reason(file: StateFile, verdict: Verdict, holderAlive: boolean): string {
@@ -94,21 +107,112 @@ function reason(file: StateFile, verdict: Verdict, holderAlive: boolean): string
   return 'it is wanted';
 }
 
-function isConfigured(host: Host, owner: Extract<Owner, { kind: 'static' }>): boolean {
-  return host.config.static.some((entry) => entry.guest === owner.guest);
+/** Of two owners that claim one address the later is left as it is. What an action is at work on comes first. */
+function withoutDoubleClaims(entries: readonly Entry[]): Pick<Intent, 'entries' | 'conflicts'> {
+  const claims = new Map<string, string>();
+  const claim = (mappings: readonly Mapping[], name: string): void => {
+    for (const key of mappings.flatMap((m) => [m.guest, m.address])) if (!claims.has(key)) claims.set(key, name);
+  };
+  for (const { file, verdict } of entries) if (verdict === 'leave') claim(mappingsOf(file), ownerName(file.owner));
+  const conflicts: KvmIbError[] = [];
+  const settled = entries.flatMap((entry): readonly Entry[] => {
+    if (entry.verdict !== 'keep') return [entry];
+    const name = ownerName(entry.file.owner);
+    const keys = entry.file.mappings.flatMap((m) => [m.guest, m.address]);
+    const taken = keys.find((key) => claims.has(key) && claims.get(key) !== name);
+    if (taken === undefined) {
+      claim(entry.file.mappings, name);
+      return [entry];
+    }
+    const why = `${claims.get(taken)} has it`;
+    conflicts.push(
+      new KvmIbError('conflict', `Cannot give ${taken} to ${name}`, {
+        why,
+        fix: 'see `kvm-ib list`, and take one of the two away',
+      }),
+    );
+    return entry.stored === undefined
+      ? []
+      : [{ ...entry, file: entry.stored, verdict: 'leave', why: `of ${taken}: ${why}` }];
+  });
+  return { entries: settled, conflicts };
 }
 
-/** The stored files, with those of the static mappings made or brought up to date with the configuration. */
-function withStatics(host: Host, stored: readonly StateFile[]): readonly StateFile[] {
-  const byName = new Map(stored.map((file) => [ownerName(file.owner), file]));
-  for (const { guest, address } of host.config.static) {
-    const owner: Owner = { kind: 'static', guest };
-    const mapping = resolveMapping(host.config, { guest, address, mac: null, vm: null, nic: null });
-    const known = byName.get(ownerName(owner));
-    const same = known?.phase.name === 'active' && known.mappings[0]?.address === address;
-    if (!same) byName.set(ownerName(owner), stateFile(host, owner, { name: 'active' }, [mapping], mappingsOf(known)));
+/** What the kernel is to hold, as far as it can. */
+export interface Goal extends Desired {
+  /** Wanted mappings that something stands in the way of, and what: nothing of theirs is touched. */
+  readonly hindered: readonly { readonly mapping: Mapping; readonly error: KvmIbError }[];
+  /** Guest and IB addresses that nothing is done about: of hindered mappings, and of owners that are left alone. */
+  readonly untouched: ReadonlySet<string>;
+}
+
+export function goalOf(host: Host, intent: Intent, view: HostView): Goal {
+  const of = (verdict: Verdict): readonly StateFile[] =>
+    intent.entries.filter((entry) => entry.verdict === verdict).map((entry) => entry.file);
+  const kept = of('keep').flatMap((file) => file.mappings);
+  const strangers = strangersOf(
+    view.addresses,
+    intent.entries.flatMap((entry) => mappingsOf(entry.file)),
+  );
+  const hindered = kept.flatMap((mapping) => {
+    const error = hindranceOf(host.config, mapping, view, strangers);
+    return error === undefined ? [] : [{ mapping, error }];
+  });
+  const untouched = new Set<string>(
+    [...of('leave').flatMap(mappingsOf), ...hindered.map(({ mapping }) => mapping)].flatMap((m) => [
+      m.guest,
+      m.address,
+    ]),
+  );
+  const isFree = (m: Mapping): boolean => !untouched.has(m.guest) && !untouched.has(m.address);
+  const isHindered = new Set(hindered.map(({ mapping }) => mapping));
+  const want = kept.filter((m) => !isHindered.has(m));
+  const release = [
+    ...of('release').flatMap(mappingsOf),
+    ...of('keep').flatMap((file) => mappingsOf(file).filter((m) => !file.mappings.includes(m))),
+  ].filter(isFree);
+  // What a file that cannot be read has put there is not known, so nothing unknown goes.
+  const strays = intent.unreadable.length > 0 ? [] : strayElements(host, kept, release, untouched, view.observed);
+  return { want, release: [...release, ...strays], hindered, untouched };
+}
+
+/** Elements in our table that no file knows. The table is ours alone, so they go. */
+function strayElements(
+  host: Host,
+  kept: readonly Mapping[],
+  release: readonly Mapping[],
+  untouched: ReadonlySet<string>,
+  observed: Observed,
+): readonly Mapping[] {
+  const known = new Set<string>([...untouched, ...[...kept, ...release].flatMap((m) => [m.guest, m.address])]);
+  const byGuest = new Map(kept.map((m) => [m.guest, m]));
+  const stray = (guest: Ipv4, address: Ipv4, mac: Mac | null): Mapping => {
+    const network = host.config.networks.find((n) => rangeContains(n.addresses, address));
+    return {
+      network: network?.name ?? '',
+      device: network?.device ?? ('lo' as LinkName),
+      bridge: network?.bridge ?? ('lo' as LinkName),
+      guest,
+      address,
+      mac,
+      vm: null,
+      nic: null,
+      // No label: an alias is ours by file and label, and there is no file.
+      label: '',
+    };
+  };
+  const found: Mapping[] = [];
+  for (const [guest, address] of observed.guestToIb) if (!known.has(guest)) found.push(stray(guest, address, null));
+  for (const [address, guest] of observed.ibToGuest) if (!known.has(address)) found.push(stray(guest, address, null));
+  const none = '0.0.0.0' as Ipv4;
+  const files = new Set([...kept, ...release].map((m) => `${m.guest} ${m.mac}`));
+  for (const entry of observed.macs) {
+    const [guest, mac] = entry.split(' ') as [Ipv4, Mac];
+    if (files.has(entry) || untouched.has(guest)) continue;
+    found.push(stray(guest, byGuest.get(guest)?.address ?? observed.guestToIb.get(guest) ?? none, mac));
   }
-  return [...byName.values()];
+  for (const guest of observed.unbound) if (!known.has(guest)) found.push(stray(guest, none, null));
+  return found;
 }
 
 /** @throws KvmIbError when not even the look at the kernel or the files succeeded; else errors are in the result */
@@ -119,174 +223,151 @@ export function reconcile(host: Host, options: { readonly dryRun?: boolean } = {
 async function reconcileLocked(host: Host, dryRun: boolean): Promise<ReconcileResult> {
   const intent = await readIntent(host);
   let view = await observeHost(host);
-  const errors: KvmIbError[] = [];
-  const unusable = unusableNetworks(host, view, errors);
-  const usable = (m: Mapping): boolean => !unusable.has(m.network);
-  const want = intent.want.filter(usable);
-
   const table = tableDifferences(view);
-  const missing = plan({ want, release: [] }, view.observed).filter((change) => change.kind === 'flush-foreign');
+  const record = host.store.readTable();
+  if (table.length === 0 && record === undefined) table.push('it is not known what it was loaded for');
+  let flushed = 0;
   if (table.length > 0 && !dryRun) {
-    const keep = distinctPairs([
-      ...intent.want,
-      ...intent.entries.filter((e) => e.verdict === 'leave').flatMap((e) => e.file.mappings),
-    ]);
-    // What is to be released keeps its pair until its alias is off: the plan below sees to that order.
-    const going = distinctPairs([
-      ...keep,
-      ...intent.release.filter((m) => view.observed.guestToIb.get(m.guest) === m.address),
-    ]);
-    await host.nat.load(view.spec, going.map(pairOf));
+    const mappings = intent.entries.filter((e) => e.verdict !== 'release').flatMap((e) => e.file.mappings);
+    flushed += await loadTable(host, view.spec, mappings, view.table);
     view = await observeHost(host);
   }
-  const strays = intent.unreadable.length > 0 ? [] : strayPairs(host, intent, view.observed);
-  const release = [...intent.release, ...strays];
-  // Loading the table brought missing pairs back as well: flows that began without them go on without them.
-  const again = table.length > 0 && !dryRun ? missing : [];
-  const changes = [...again, ...plan({ want, release }, view.observed)];
-  const summary = {
+  const goal = goalOf(host, intent, view);
+  const changes = plan(goal, view.observed);
+  const releases = intent.entries.filter((entry) => entry.verdict === 'release');
+  const errors = [...intent.conflicts, ...ownAddresses(host, view.spec)];
+  const warnings = [...intent.warnings];
+  for (const { path, why } of intent.unreadable) {
+    warnings.push(`${path}: ${why}; nothing unknown is removed while it is there`);
+  }
+  for (const { mapping, error } of goal.hindered) {
+    // A link may be absent at boot; with the host's own address in the way, the network is named once.
+    if (error.code === 'host-lacks') warnings.push(`${mapping.guest} <-> ${mapping.address} waits: ${error.why}`);
+    else if (!errors.some((known) => known.message === error.message && known.why === error.why)) errors.push(error);
+  }
+  const left = intent.entries
+    .filter((entry) => entry.verdict === 'leave')
+    .map((entry) => ({ owner: ownerName(entry.file.owner), why: entry.why }));
+  const name = (entry: Entry): string => ownerName(entry.file.owner);
+  if (dryRun) return { changes, table, released: releases.map(name), left, warnings, errors, flushed };
+
+  for (const { file, stored, verdict } of intent.entries) {
+    if (verdict === 'release' && file.phase.name !== 'removing') host.store.write(removing(host, file));
+    if (verdict === 'keep' && file !== stored) host.store.write(file);
+  }
+  const outcome = await applyResiliently(host, goal, changes, view.observed);
+  const isDone = ({ file }: Entry): boolean =>
+    !mappingsOf(file).some((m) =>
+      [m.guest, m.address].some((key) => outcome.failed.has(key) || goal.untouched.has(key)),
+    );
+  const finish = (act: () => void): void => {
+    try {
+      act();
+    } catch (error) {
+      errors.push(toKvmIbError(error, 'Cannot write the state'));
+    }
+  };
+  for (const entry of intent.entries.filter(isDone)) {
+    const { file, verdict } = entry;
+    if (verdict === 'release') finish(() => host.store.remove(file.owner));
+    if (verdict === 'keep' && (file.phase.name !== 'active' || mappingsOf(file).length > file.mappings.length)) {
+      finish(() => host.store.write(stateFile(host, file.owner, { name: 'active' }, file.mappings)));
+    }
+  }
+  if (table.length === 0 && record !== undefined && !sameAddresses(record.hostAddresses, view.spec.hostAddresses)) {
+    finish(() => host.store.writeTable({ hostAddresses: view.spec.hostAddresses }));
+  }
+  if (intent.unreadable.length === 0) finish(() => host.store.repairClaims(host.store.all().files));
+  return {
     changes,
     table,
-    released: intent.entries.filter((e) => e.verdict === 'release').map((e) => ownerName(e.file.owner)),
-    left: intent.entries
-      .filter((e) => e.verdict === 'leave')
-      .map((e) => ({ owner: ownerName(e.file.owner), why: e.why })),
-    warnings: [
-      ...intent.warnings,
-      ...intent.unreadable.map((u) => `${u.path}: ${u.why}; nothing unknown is removed while it is there`),
-    ],
+    released: releases.filter(isDone).map(name),
+    left,
+    warnings: [...warnings, ...outcome.warnings],
+    errors: [...errors, ...outcome.errors],
+    flushed: flushed + outcome.flushed,
   };
-  if (dryRun) return { ...summary, errors, flushed: 0 };
-
-  host.store.writeTable({ hostAddresses: view.spec.hostAddresses });
-  writeFiles(host, intent, 'before');
-  const outcome = await applyResiliently(host, { want, release }, changes, view.observed, errors);
-  const failedOwners = outcome.failed;
-  writeFiles(host, intent, 'after', failedOwners, usable);
-  if (intent.unreadable.length === 0) host.store.repairClaims(host.store.all().files);
-  return { ...summary, warnings: [...summary.warnings, ...outcome.warnings], errors, flushed: outcome.flushed };
 }
 
 /** Why the table must be loaded anew. */
-export function tableDifferences(view: HostView): readonly string[] {
+export function tableDifferences(view: HostView): string[] {
   if (!view.table.table) return ['the table ip kvm_ib is not there'];
-  return view.table.differences;
+  return [...view.table.differences];
 }
 
-function unusableNetworks(host: Host, view: HostView, errors: KvmIbError[]): ReadonlySet<string> {
-  const unusable = new Set<string>();
-  for (const network of host.config.networks) {
-    const own = ownAddressInRange(network, view.spec.hostAddresses.get(network.name) ?? []);
-    if (own !== undefined) errors.push(own);
-    const bridge = view.observed.bridges.find((b) => b.bridge === network.bridge);
-    // A missing bridge is normal before libvirt starts its network; without the link there is nowhere to put an alias.
-    if (own !== undefined || bridge?.deviceMtu === null) unusable.add(network.name);
-  }
-  return unusable;
+function ownAddresses(host: Host, spec: TableSpec): readonly KvmIbError[] {
+  return host.config.networks.flatMap((n) => ownAddressInRange(n, spec.hostAddresses.get(n.name) ?? []) ?? []);
 }
 
-/** Pairs in our table that no file knows. The table is ours alone, so they go. */
-function strayPairs(host: Host, intent: Intent, observed: Observed): readonly Mapping[] {
-  const known = new Set<string>(intent.left);
-  for (const m of [...intent.want, ...intent.release]) known.add(m.guest).add(m.address);
-  const macs = new Map([...observed.macs].map((entry) => entry.split(' ') as [Ipv4, Mapping['mac']]));
-  const stray = (guest: Ipv4, address: Ipv4): Mapping => {
-    const network = host.config.networks.find((n) => rangeContains(n.addresses, address));
-    return {
-      network: network?.name ?? '',
-      device: network?.device ?? ('lo' as LinkName),
-      bridge: network?.bridge ?? ('lo' as LinkName),
-      guest,
-      address,
-      mac: macs.get(guest) ?? null,
-      vm: null,
-      nic: null,
-      // No label: an alias is ours by file and label, and there is no file.
-      label: '',
-    };
-  };
-  const found: Mapping[] = [];
-  for (const [guest, address] of observed.guestToIb) if (!known.has(guest)) found.push(stray(guest, address));
-  for (const [address, guest] of observed.ibToGuest) if (!known.has(address)) found.push(stray(guest, address));
-  const none = '0.0.0.0' as Ipv4;
-  for (const guest of [...macs.keys(), ...observed.unbound]) {
-    if (!known.has(guest) && !observed.guestToIb.has(guest)) found.push(stray(guest, none));
-  }
-  return found;
+function sameAddresses(a: TableSpec['hostAddresses'], b: TableSpec['hostAddresses']): boolean {
+  return a.size === b.size && [...a].every(([name, list]) => list.join() === b.get(name)?.join());
 }
 
 interface ResilientOutcome {
+  /** Guest and IB addresses of mappings that were not brought right. */
   readonly failed: ReadonlySet<string>;
   readonly flushed: number;
   readonly warnings: readonly string[];
+  readonly errors: readonly KvmIbError[];
 }
 
 /** All at once; when a step fails, mapping by mapping, so that one that cannot be helped does not hold up the rest. */
 async function applyResiliently(
   host: Host,
-  desired: { want: readonly Mapping[]; release: readonly Mapping[] },
+  goal: Desired,
   changes: readonly Change[],
   observed: Observed,
-  errors: KvmIbError[],
 ): Promise<ResilientOutcome> {
-  const failed = new Set<string>();
   try {
-    return { failed, ...(await apply(host, changes)) };
+    return { failed: new Set(), errors: [], ...(await apply(host, changes)) };
   } catch (error) {
-    if (desired.want.length + desired.release.length <= 1) {
-      errors.push(toKvmIbError(error));
-      for (const m of [...desired.want, ...desired.release]) failed.add(m.guest);
-      return { failed, flushed: 0, warnings: [] };
+    // Half of it is in the kernel, so what was observed is not so any more; the next reconcile sees.
+    if (error instanceof KvmIbError && error.code === 'reversal-failed') {
+      const all = [...goal.want, ...goal.release].flatMap((m) => [m.guest, m.address]);
+      return { failed: new Set(all), flushed: 0, warnings: [], errors: [error] };
     }
   }
-  let flushed = 0;
+  const failed = new Set<string>();
+  const errors: KvmIbError[] = [];
   const warnings: string[] = [];
-  const single = async (part: { want: readonly Mapping[]; release: readonly Mapping[] }): Promise<void> => {
+  const touched = new Set<string>();
+  let flushed = 0;
+  let seen = observed;
+  const attempt = async (part: Desired, bridges: Observed['bridges']): Promise<void> => {
+    const keys = [...part.want, ...part.release].flatMap((m) => [m.guest, m.address]);
     try {
-      const applied = await apply(host, plan(part, observed));
+      if (keys.some((key) => touched.has(key))) {
+        seen = (await observeHost(host)).observed;
+        touched.clear();
+      }
+      const steps = plan(part, { ...seen, bridges });
+      for (const key of steps.flatMap(addressesOf)) touched.add(key);
+      const applied = await apply(host, steps);
       flushed += applied.flushed;
       warnings.push(...applied.warnings);
     } catch (error) {
       errors.push(toKvmIbError(error));
-      for (const m of [...part.want, ...part.release]) failed.add(m.guest);
+      for (const key of keys) failed.add(key);
     }
   };
-  const wanted = new Set<string>(desired.want.flatMap((m) => [m.guest, m.address]));
-  for (const m of desired.release)
-    if (!wanted.has(m.guest) && !wanted.has(m.address)) await single({ want: [], release: [m] });
-  for (const m of desired.want) {
-    const inItsWay = desired.release.filter((old) => old.guest === m.guest || old.address === m.address);
-    await single({ want: [m], release: inItsWay });
+  for (const bridge of observed.bridges) await attempt({ want: [], release: [] }, [bridge]);
+  const wanted = new Set<string>(goal.want.flatMap((m) => [m.guest, m.address]));
+  for (const m of goal.release) {
+    if (!wanted.has(m.guest) && !wanted.has(m.address)) await attempt({ want: [], release: [m] }, []);
   }
-  return { failed, flushed, warnings };
+  for (const m of goal.want) {
+    const inItsWay = goal.release.filter((old) => old.guest === m.guest || old.address === m.address);
+    await attempt({ want: [m], release: inItsWay }, []);
+  }
+  return { failed, flushed, warnings, errors };
 }
 
-function writeFiles(
-  host: Host,
-  intent: Intent,
-  when: 'before' | 'after',
-  failed: ReadonlySet<string> = new Set(),
-  usable: (m: Mapping) => boolean = () => true,
-): void {
-  for (const { file, verdict } of intent.entries) {
-    const clean = !mappingsOf(file).some((m) => failed.has(m.guest) || !usable(m));
-    if (verdict === 'release') {
-      if (when === 'before' && file.phase.name !== 'removing') {
-        host.store.write({
-          ...file,
-          phase: { name: 'removing' },
-          mappings: mappingsOf(file),
-          previous: [],
-          updated: host.now(),
-        });
-      }
-      if (when === 'after' && !mappingsOf(file).some((m) => failed.has(m.guest))) host.store.remove(file.owner);
-    }
-    if (verdict !== 'keep') continue;
-    const stored = when === 'before' && file.owner.kind === 'static' ? host.store.read(file.owner) : file;
-    if (when === 'before' && stored === undefined) host.store.write(file);
-    if (when === 'after' && clean && (file.phase.name !== 'active' || file.previous.length > 0)) {
-      host.store.write({ ...file, phase: { name: 'active' }, previous: [], updated: host.now() });
-    }
-  }
+function addressesOf(change: Change): readonly Ipv4[] {
+  if (change.kind === 'set-mtu' || change.kind === 'set-hairpin') return [];
+  if (change.kind !== 'change-pairs') return [change.guest, change.address];
+  return [change.remove, change.add].flatMap((e) => [
+    ...[...e.guestToIb, ...e.ibToGuest].flatMap(({ guest, address }) => [guest, address]),
+    ...e.macs.map(({ guest }) => guest),
+    ...e.unbound,
+  ]);
 }

@@ -2,18 +2,20 @@
  * sync: make one owner have exactly the mappings it should have. Every VMM action and every `add` and `remove` is this
  * one operation. Idempotent; the cost does not depend on how many other mappings there are.
  */
-import { KvmIbError } from '../core/errors.ts';
+import type { Ipv4 } from '../core/address.ts';
+import { KvmIbError, toKvmIbError } from '../core/errors.ts';
 import type { Mapping, Owner } from '../core/mapping.ts';
 import { ownerName, sameMapping } from '../core/mapping.ts';
 import type { Change } from '../core/plan.ts';
 import { plan } from '../core/plan.ts';
 import type { Holder, Phase, StateFile } from '../core/state.ts';
 import { mappingsOf, STATE_VERSION } from '../core/state.ts';
+import type { ObservedPairs, TableSpec } from '../nat/engine.ts';
 import { rulesetTag } from '../nat/ruleset.ts';
-import { apply } from './apply.ts';
+import { apply, reversalFailed } from './apply.ts';
 import type { Host } from './host.ts';
 import { domainName } from './host.ts';
-import { observeMappings, ownAddressInRange, pairOf, tableSpec } from './observe.ts';
+import { observedPairs, observeMappings, ownAddressInRange, pairOf, refuseMissingLinks, tableSpec } from './observe.ts';
 
 export interface SyncRequest {
   readonly owner: Owner;
@@ -49,8 +51,9 @@ export function commit(host: Host, owner: Owner, holder: Holder): Promise<SyncRe
     // The taps exist only now: the action's own sync could not see them.
     const observed = await observeMappings(host, file.mappings, [], file.mappings);
     const changes = plan({ want: file.mappings, release: [] }, observed);
-    const { flushed, warnings } = await apply(host, changes);
-    host.store.write({ ...file, phase: { name: 'active' }, previous: [], updated: host.now() });
+    const { flushed, warnings } = await apply(host, changes, () =>
+      host.store.write(stateFile(host, owner, { name: 'active' }, file.mappings)),
+    );
     return { owner: ownerName(owner), changes, flushed, warnings };
   });
 }
@@ -75,87 +78,107 @@ function nothing(owner: Owner): SyncResult {
 }
 
 /** sync for a caller that holds the lock. */
-export async function syncLocked(host: Host, request: SyncRequest): Promise<SyncResult> {
+async function syncLocked(host: Host, request: SyncRequest): Promise<SyncResult> {
   const { owner, wish } = request;
   requireDistinct(wish);
   const prior = host.store.read(owner);
   const before = mappingsOf(prior);
   const rivals = await staleRivals(host, owner, wish);
-  const stale = [...rivals.values()].flatMap((rival) => rival.mappings);
-  refuseOwnAddresses(host, wish);
-  const warnings = [...rivals.values()].map(
-    (r) =>
-      `${r.mappings.map((m) => `${m.guest} <-> ${m.address}`).join(', ')} released from ${ownerName(r.file.owner)}, which is not active`,
-  );
-  if (wish.length === 0 && prior === undefined) return { ...nothing(owner), warnings };
+  const stale = rivals.flatMap(mappingsOf);
+  refuseOwnAddresses(host, wish, host.store.readTable()?.hostAddresses);
+  const warnings = rivals.map((rival) => {
+    const pairs = mappingsOf(rival).map((m) => `${m.guest} <-> ${m.address}`);
+    return `${pairs.join(', ')} released from ${ownerName(rival.owner)}, which is not active`;
+  });
+  if (wish.length === 0 && prior === undefined) return nothing(owner);
 
-  if (!request.dryRun) await ensureTable(host, [...wish, ...before, ...stale]);
-  const trusted = prior?.phase.name === 'active' ? prior.mappings : [];
+  if (!request.dryRun) await ensureTable(host, wish, [...wish, ...before, ...stale]);
+  // Of an active file the kernel has the very alias, or none. Of any other it may have one of several.
+  const trusted = [prior, ...rivals].flatMap((file) => (file?.phase.name === 'active' ? file.mappings : []));
   const release = [...before.filter((old) => !wish.some((m) => sameMapping(m, old))), ...stale];
-  const observed = await observeMappings(host, wish, release, [...trusted, ...release]);
+  const observed = await observeMappings(host, wish, release, trusted);
   const changes = plan({ want: wish, release }, observed);
-  if (request.dryRun) return { owner: ownerName(owner), changes, flushed: 0, warnings };
+  const result = { owner: ownerName(owner), changes };
+  if (request.dryRun) return { ...result, flushed: 0, warnings };
+  if (isDone(request, prior, changes) && rivals.length === 0) return { ...result, flushed: 0, warnings };
 
-  const written = writeIntent(host, request, prior, changes);
-  let applied: { flushed: number; warnings: readonly string[] };
+  // Where this goes is written before the kernel is touched. The owner's file comes last, since it takes over the claims.
+  const intents = [...rivals.map((rival) => removing(host, rival)), intentOf(host, request, prior)];
+  const originals: readonly Stored[] = [
+    { owner, file: prior },
+    ...rivals.map((file): Stored => ({ owner: file.owner, file })),
+  ];
   try {
-    applied = await apply(host, changes);
+    for (const file of intents) host.store.write(file);
+    const applied = await apply(host, changes, () => {
+      for (const rival of rivals) host.store.remove(rival.owner);
+      if (wish.length === 0) host.store.remove(owner);
+      else if (!request.pending) host.store.write(stateFile(host, owner, { name: 'active' }, wish));
+    });
+    return { ...result, flushed: applied.flushed, warnings: [...warnings, ...applied.warnings] };
   } catch (error) {
-    if (written && !(error instanceof KvmIbError && error.code === 'reversal-failed')) restore(host, owner, prior);
-    throw error;
+    const half = error instanceof KvmIbError && error.code === 'reversal-failed';
+    throw putBack(host, half ? intents.map((file) => ({ owner: file.owner, file })) : originals, error);
   }
-  for (const { file, mappings } of rivals.values()) {
-    const rest = file.mappings.filter((m) => !mappings.includes(m));
-    if (rest.length === 0) host.store.remove(file.owner);
-    else host.store.write({ ...file, mappings: rest, previous: [], updated: host.now() });
-  }
-  if (wish.length === 0) host.store.remove(owner);
-  else if (written && !request.pending) host.store.write(stateFile(host, owner, { name: 'active' }, wish, []));
-  return { owner: ownerName(owner), changes, flushed: applied.flushed, warnings: [...warnings, ...applied.warnings] };
 }
 
-/** Writes where this sync is going, before the kernel is touched. @returns whether a file was written */
-function writeIntent(
-  host: Host,
-  request: SyncRequest,
-  prior: StateFile | undefined,
-  changes: readonly Change[],
-): boolean {
-  const { owner, wish } = request;
-  if (wish.length === 0) {
-    host.store.write(stateFile(host, owner, { name: 'removing' }, mappingsOf(prior), []));
-    return true;
-  }
-  const unchanged =
-    prior?.phase.name === 'active' &&
+/** Nothing differs, in the kernel or in the file. */
+function isDone(request: SyncRequest, prior: StateFile | undefined, changes: readonly Change[]): boolean {
+  const { wish } = request;
+  return (
+    !request.pending &&
     changes.length === 0 &&
-    prior.mappings.length === wish.length &&
-    wish.every((m) => prior.mappings.some((old) => sameMapping(m, old)));
-  if (unchanged && !request.pending) return false;
+    prior?.phase.name === 'active' &&
+    mappingsOf(prior).length === wish.length &&
+    wish.every((m) => prior.mappings.some((old) => sameMapping(m, old)))
+  );
+}
+
+/** The file that says where this sync is going. It names every mapping that the kernel may hold on the way. */
+function intentOf(host: Host, request: SyncRequest, prior: StateFile | undefined): StateFile {
+  const { owner, wish } = request;
+  if (prior !== undefined && wish.length === 0) return removing(host, prior);
   const previous =
     prior === undefined || prior.phase.name === 'removing'
       ? []
       : prior.phase.name === 'pending'
         ? prior.previous
         : prior.mappings;
+  const known = [...wish, ...previous];
+  const leftovers = mappingsOf(prior).filter((old) => !known.some((m) => sameMapping(m, old)));
   const phase: Phase = { name: 'pending', action: request.action, holder: request.holder };
-  host.store.write(stateFile(host, owner, phase, wish, previous));
-  return true;
+  return { ...stateFile(host, owner, phase, wish), previous, leftovers };
 }
 
-function restore(host: Host, owner: Owner, prior: StateFile | undefined): void {
-  if (prior === undefined) host.store.remove(owner);
-  else host.store.write(prior);
+/** The file of an owner whose mappings are all to go. */
+export function removing(host: Host, file: StateFile): StateFile {
+  return stateFile(host, file.owner, { name: 'removing' }, mappingsOf(file));
 }
 
-export function stateFile(
-  host: Host,
-  owner: Owner,
-  phase: Phase,
-  mappings: readonly Mapping[],
-  previous: readonly Mapping[],
-): StateFile {
-  return { version: STATE_VERSION, owner, phase, mappings, previous, updated: host.now() };
+export function stateFile(host: Host, owner: Owner, phase: Phase, mappings: readonly Mapping[]): StateFile {
+  return { version: STATE_VERSION, owner, phase, mappings, previous: [], leftovers: [], updated: host.now() };
+}
+
+/** The file of an owner; undefined: it has none. */
+export interface Stored {
+  readonly owner: Owner;
+  readonly file: StateFile | undefined;
+}
+
+/** Writes files back after a failure. @returns what to throw: the cause, or `reversal-failed` when that failed too */
+export function putBack(host: Host, files: readonly Stored[], cause: unknown): KvmIbError {
+  const error = toKvmIbError(cause, 'Cannot write the state');
+  const reasons: string[] = [];
+  for (const { owner, file } of files) {
+    try {
+      if (file === undefined) host.store.remove(owner);
+      else host.store.write(file);
+    } catch (reversalCause) {
+      const { message, why } = toKvmIbError(reversalCause);
+      reasons.push(`state of ${ownerName(owner)}: ${message}${why === undefined ? '' : `: ${why}`}`);
+    }
+  }
+  return reasons.length === 0 || error.code === 'reversal-failed' ? error : reversalFailed(error, reasons);
 }
 
 function requireDistinct(wish: readonly Mapping[]): void {
@@ -176,37 +199,29 @@ function requireDistinct(wish: readonly Mapping[]): void {
   }
 }
 
-interface Rival {
-  readonly file: StateFile;
-  readonly mappings: readonly Mapping[];
-}
-
 /**
- * Other owners that claim a wished address. One whose VM is gone is stale and is released in this sync.
+ * Other owners that claim a wished address. One whose VM is gone is stale, and all of it is released in this sync.
  * @throws KvmIbError `conflict` naming both when the other is in use, or when nobody can tell
  */
-async function staleRivals(host: Host, owner: Owner, wish: readonly Mapping[]): Promise<ReadonlyMap<string, Rival>> {
-  const rivals = new Map<string, Rival>();
+async function staleRivals(host: Host, owner: Owner, wish: readonly Mapping[]): Promise<readonly StateFile[]> {
+  const rivals = new Map<string, StateFile>();
   let active: ReadonlySet<string> | undefined;
   let asked = false;
-  for (const mapping of wish) {
-    for (const key of [mapping.guest, mapping.address]) {
-      const file = host.store.holderOf(key);
-      if (file === undefined || ownerName(file.owner) === ownerName(owner)) continue;
-      const held = mappingsOf(file).filter((m) => m.guest === key || m.address === key);
-      if (file.phase.name !== 'removing') {
-        if (!asked && file.owner.kind === 'vm') {
-          active = await host.domains.active();
-          asked = true;
-        }
-        refuseLiveRival(host, owner, key, file, active);
+  for (const key of wish.flatMap((m) => [m.guest, m.address])) {
+    const file = host.store.holderOf(key);
+    if (file === undefined) continue;
+    const name = ownerName(file.owner);
+    if (name === ownerName(owner) || rivals.has(name)) continue;
+    if (file.phase.name !== 'removing') {
+      if (!asked && file.owner.kind === 'vm') {
+        active = await host.domains.active();
+        asked = true;
       }
-      const name = ownerName(file.owner);
-      const known = rivals.get(name)?.mappings ?? [];
-      rivals.set(name, { file, mappings: [...known, ...held.filter((m) => !known.includes(m))] });
+      refuseLiveRival(host, owner, key, file, active);
     }
+    rivals.set(name, file);
   }
-  return rivals;
+  return [...rivals.values()];
 }
 
 function refuseLiveRival(
@@ -245,8 +260,11 @@ function refuseLiveRival(
   }
 }
 
-function refuseOwnAddresses(host: Host, wish: readonly Mapping[]): void {
-  const own = host.store.readTable()?.hostAddresses;
+function refuseOwnAddresses(
+  host: Host,
+  wish: readonly Mapping[],
+  own: ReadonlyMap<string, readonly Ipv4[]> | undefined,
+): void {
   for (const name of new Set(wish.map((m) => m.network))) {
     const network = host.config.networks.find((n) => n.name === name);
     const error = network && ownAddressInRange(network, own?.get(name) ?? []);
@@ -258,30 +276,51 @@ function refuseOwnAddresses(host: Host, wish: readonly Mapping[]): void {
  * The table is made off the action path, by reconcile at boot. When it is not there, or was made for another
  * configuration, this action makes it whole: with every mapping that this host should have.
  */
-async function ensureTable(host: Host, mappings: readonly Mapping[]): Promise<void> {
+async function ensureTable(host: Host, wish: readonly Mapping[], mappings: readonly Mapping[]): Promise<void> {
   const record = host.store.readTable();
-  const { table, tag } = await host.nat.lookup(mappings.slice(0, 1).map(pairOf));
   if (record !== undefined) {
-    const spec = { networks: host.config.networks, hostAddresses: record.hostAddresses };
-    if (table && tag === rulesetTag(spec)) return;
+    const { table, tag } = await host.nat.lookup(mappings.slice(0, 1).map(pairOf));
+    if (table && tag === rulesetTag({ networks: host.config.networks, hostAddresses: record.hostAddresses })) return;
   }
-  const spec = tableSpec(host, await host.links.addresses());
-  for (const network of host.config.networks) {
-    const error = ownAddressInRange(network, spec.hostAddresses.get(network.name) ?? []);
-    if (error !== undefined && mappings.some((m) => m.network === network.name)) throw error;
-  }
-  const all = distinctPairs(host.store.all().files.flatMap((file) => file.mappings));
-  await host.nat.load(spec, all.map(pairOf));
+  const spec = tableSpec(host.config, await host.links.addresses());
+  refuseOwnAddresses(host, wish, spec.hostAddresses);
+  // A configuration that names a wrong link must not reach the packets of the mappings that work.
+  await refuseMissingLinks(host, wish);
+  const files = host.store.all().files.flatMap((file) => file.mappings);
+  await loadTable(host, spec, files, await host.nat.list(spec));
+}
+
+/**
+ * Loads the table with the pairs that it holds already and, where those leave room, with these mappings: what differs is
+ * brought right by the plan, in its order. Then drops the flows that began while it was not as it should be, since they go on without it.
+ * The record of what it was loaded for is written last, so that whoever is stopped in between is followed by one who
+ * does all of this again.
+ * @returns how many conntrack entries were deleted
+ */
+export async function loadTable(
+  host: Host,
+  spec: TableSpec,
+  mappings: readonly Mapping[],
+  observed: ObservedPairs,
+): Promise<number> {
+  const wanted = distinctPairs(mappings);
+  const present = observedPairs(observed);
+  const taken = new Set<string>(present.flatMap(({ guest, address }) => [guest, address]));
+  const absent = wanted.filter((m) => !taken.has(m.guest) && !taken.has(m.address));
+  const comments = new Map(wanted.map(pairOf).map((pair) => [`${pair.guest} ${pair.address}`, pair.comment]));
+  const commented = present.map((pair) => ({ ...pair, comment: comments.get(`${pair.guest} ${pair.address}`) ?? '' }));
+  host.store.writeTable(undefined);
+  await host.nat.load(spec, [...commented, ...absent.map(pairOf)]);
+  const stale = [...spec.hostAddresses.values()].flat();
+  const flushed = await host.conntrack.flush(
+    wanted.map(({ guest, address }) => ({ kind: 'foreign', guest, address, stale })),
+  );
   host.store.writeTable({ hostAddresses: spec.hostAddresses });
-  // Flows that began while the table was away go on without translation until their entries go.
-  if (!table) {
-    const stale = [...spec.hostAddresses.values()].flat();
-    await host.conntrack.flush(all.map(({ guest, address }) => ({ kind: 'foreign', guest, address, stale })));
-  }
+  return flushed;
 }
 
 /** Mappings without a second one for the same guest or IB address; the first stands. */
-export function distinctPairs(mappings: readonly Mapping[]): readonly Mapping[] {
+function distinctPairs(mappings: readonly Mapping[]): readonly Mapping[] {
   const seen = new Set<string>();
   return mappings.filter((m) => {
     if (seen.has(m.guest) || seen.has(m.address)) return false;

@@ -6,6 +6,7 @@ import { mappingsOf } from '../core/state.ts';
 import { apply } from './apply.ts';
 import type { Host } from './host.ts';
 import { observeHost } from './observe.ts';
+import { putBack, removing } from './sync.ts';
 
 export interface TeardownResult {
   readonly changes: readonly Change[];
@@ -45,10 +46,20 @@ export function teardown(
     const changes = plan({ want: [], release: owned }, observed);
     const table = view.table.table;
     if (options.dryRun) return { changes, table, flushed: 0, warnings: [] };
-    for (const file of files) host.store.write({ ...file, phase: { name: 'removing' } });
-    const { flushed, warnings } = await apply(host, changes);
-    await host.nat.remove();
-    host.store.removeAll();
-    return { changes, table, flushed, warnings };
+    try {
+      for (const file of files) host.store.write(removing(host, file));
+      const applied = await apply(host, changes, async () => {
+        await host.nat.remove();
+        host.store.removeAll();
+      });
+      return { changes, table, ...applied };
+    } catch (error) {
+      if (error instanceof KvmIbError && error.code === 'reversal-failed') throw error;
+      throw putBack(
+        host,
+        files.map((file) => ({ owner: file.owner, file })),
+        error,
+      );
+    }
   });
 }

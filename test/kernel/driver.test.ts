@@ -374,6 +374,9 @@ describe('what is not built yet', () => {
 /** Bytes that are no text: invalid UTF-8, quotes, line ends, shell syntax, an empty one. A shell makes them. */
 const ODD_WORDS = String.raw`a="$(printf 'x\377\376\n\\\n"y_')"; set -- "$@" "${'$'}{a%_}" '' '$(id) ; * '"'" '-n' '\0141' "$(printf '\303\244')"`;
 const ODD_BYTES = ['x\u00ff\u00fe\n\\\n"y', '', "$(id) ; * '", '-n', '\\0141', '\u00c3\u00a4'];
+/** Those of them that are UTF-8: Node, which conducts some actions, can hand on no others. */
+const ODD_TEXT_WORDS = ODD_WORDS.replace(String.raw`\377\376`, '');
+const ODD_TEXT = ODD_BYTES.map((word) => word.replace('\u00ff\u00fe', ''));
 
 describe('a VM with no NIC on our bridges', () => {
   /** The engine says that it was started, and nothing else. */
@@ -401,19 +404,32 @@ describe('a VM with no NIC on our bridges', () => {
         rig.behave(`cat > "$record/$action.stdin"; printf 'o\\377'; printf 'e\\000' >&2; exit ${status}`);
         const script = join(rig.drivers, action);
         const words = [script, ...own(action)];
-        const tail = `${ODD_WORDS}; set -- "$@" 43 ${HOST_NAME}; exec "$@"`;
+        const bytes = Buffer.from(`${input(action).replaceAll('web-43', 'w\u00ff\u0080 \t')}\r\n `, 'latin1');
+        const tail = `${ODD_TEXT_WORDS}; set -- "$@" 43 ${HOST_NAME}; exec "$@"`;
         const result = await run(['/bin/sh', '-c', tail, 'sh', ...words], {
           env: rig.env,
-          stdin: `${input(action)}\r\n\u00ff`,
+          stdin: bytes,
           cwd: rig.record,
         });
         expect(result).toMatchObject({ status, stdout: 'o\u00ff', stderr: 'e\0' });
         const seen = rig.stockRun(action);
-        expect(seen.argv).toEqual([...own(action), ...ODD_BYTES, '43', HOST_NAME]);
-        expect(seen.stdin).toBe(Buffer.from(`${input(action)}\r\n\u00ff`).toString('latin1'));
+        expect(seen.argv).toEqual([...own(action), ...ODD_TEXT, '43', HOST_NAME]);
+        expect(seen.stdin).toBe(bytes.toString('latin1'));
         expect(seen.cwd).toBe(rig.record);
       }
     });
+  });
+
+  test('an argument that is no UTF-8 is refused, since it could not be handed on as it came', async () => {
+    const tail = `${ODD_WORDS}; set -- "$@" 43 ${HOST_NAME}; exec "$@"`;
+    const script = join(rig.drivers, 'deploy');
+    const result = await run(['/bin/sh', '-c', tail, 'sh', script, ...own('deploy')], {
+      env: rig.env,
+      stdin: Buffer.from(domainOf(foreign)),
+      cwd: rig.record,
+    });
+    expect(result).toMatchObject({ status: 2, stdout: '', stderr: expect.stringMatching(ONE_LINE) });
+    expect(rig.runs()).toEqual([]);
   });
 
   test.each(['deploy', 'shutdown'])('%s with 10 MB of input passes', async (action) => {

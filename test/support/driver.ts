@@ -3,7 +3,7 @@
  * scripts in `../kvm` that record how they were called, an IPoIB-like link and a bridge, and a state directory of its own.
  */
 import type { ChildProcess } from 'node:child_process';
-import { execFileSync, spawn } from 'node:child_process';
+import { execFileSync, spawn, spawnSync } from 'node:child_process';
 import {
   chmodSync,
   cpSync,
@@ -252,12 +252,12 @@ export async function createRig(): Promise<Rig> {
         ]),
       ),
     reset() {
-      const sets = ['map guest_to_ib', 'map ib_to_guest', 'set guest_mac', 'set guest_any_mac'];
-      if (tool(NFT, 'list', 'tables').includes('table ip kvm_ib')) {
-        for (const set of sets) tool(NFT, `flush ${set.replace(' ', ' ip kvm_ib ')}`);
-      }
-      tool(IP, 'address', 'flush', 'dev', 'ib0', 'scope', 'global');
-      tool(IP, 'address', 'add', '192.168.10.1/24', 'dev', 'ib0');
+      const elements = ['map ip kvm_ib guest_to_ib', 'map ip kvm_ib ib_to_guest', 'set ip kvm_ib guest_mac'];
+      const flush = [...elements, 'set ip kvm_ib guest_any_mac'].map((set) => `flush ${set}`).join('; ');
+      // The table may be gone: then there is nothing to flush.
+      spawnSync(NFT, [flush], { stdio: 'ignore' });
+      const addresses = 'address flush dev ib0 scope global\naddress add 192.168.10.1/24 dev ib0\n';
+      execFileSync(IP, ['-batch', '-'], { input: addresses });
       rmSync(state, { recursive: true, force: true });
       rmSync(record, { recursive: true, force: true });
       mkdirSync(record);

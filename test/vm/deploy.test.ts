@@ -75,7 +75,8 @@ const end = (action: 'shutdown' | 'cancel') => call(action, [VM.uuid, lab.host.n
 async function expectHostAsBefore(): Promise<void> {
   expect(await hostState(lab.host)).toEqual(before);
   expect(await flowsOf(lab.host, [GUEST, ADDRESS])).toEqual([]);
-  expect(readdirSync(stateFolder).filter((name) => name.includes('vm-'))).toEqual([]);
+  expect(readdirSync(stateFolder, { recursive: true }).filter((name) => name.includes('vm-'))).toEqual([]);
+  expect(await kvmIb('list', '--json')).toBe('[]\n');
 }
 
 beforeAll(async () => {
@@ -201,5 +202,15 @@ test('cancel ends a guest that is still booting, and leaves the host as it was',
   const answer = await end('cancel');
   expect(answer.code, answer.stderr).toBe(0);
   expect(await lab.libvirt.active()).toEqual([]);
+  await expectHostAsBefore();
+});
+
+test('reconcile keeps the mapping of a paused guest, and ends that of a guest that no action ended', async () => {
+  expect(await deploy()).toMatchObject({ code: 0, stdout: `${VM.uuid}\n` });
+  await lab.libvirt.virsh('suspend', 'one-42');
+  await kvmIb('reconcile');
+  expect(JSON.parse(await kvmIb('list', '--json'))).toMatchObject([{ vm: 42, state: 'active' }]);
+  await lab.libvirt.virsh('destroy', 'one-42');
+  expect(JSON.parse(await kvmIb('reconcile', '--json'))).toMatchObject({ released: ['vm-42'], errors: [] });
   await expectHostAsBefore();
 });

@@ -7,10 +7,7 @@
 # Below OpenNebula 5.0 only deploy has a standard input, and reading it elsewhere would eat the ssh command stream; this
 # driver serves 6.0 and later.
 
-case $0 in
-  */*) dir=${0%/*} ;;
-  *) dir=. ;;
-esac
+dir=${0%/*}
 action=${0##*/}
 stock=$dir/../kvm/$action
 

@@ -51,6 +51,7 @@ Exit codes:
 Files:
   /etc/kvm-ib/kvm-ib.yaml   configuration (KVM_IB_CONFIG, --config)
   /var/lib/kvm-ib/          what this host should have (KVM_IB_STATE_DIR)
+  /run/kvm-ib/status        what the last reconcile found, for OpenNebula's probes (KVM_IB_RUN_DIR)
 `;
 
 let exitStatus: ExitStatus = EXIT.done;

@@ -224,14 +224,21 @@ describe('on a host, below another root', () => {
 describe('the dispatcher script', () => {
   const script = join(REPOSITORY, 'rulesets/networkmanager/50-kvm-ib');
 
-  async function dispatch(link: string, action: string, config: string, shell: readonly string[]): Promise<string> {
+  async function dispatch(
+    link: string,
+    action: string,
+    config: string,
+    shell: readonly string[],
+    systemd = false,
+  ): Promise<string> {
     put('/kvm-ib.yaml', config);
     put('/bin/kvm-ib', `#!/bin/sh\necho "$@" >> ${at('/calls')}\n`, 0o755);
     rmSync(at('/calls'), { force: true });
     const text = readFileSync(script, 'utf8')
       .replace('/etc/kvm-ib/kvm-ib.yaml\n\n', `${at('/kvm-ib.yaml')}\n\n`)
       .replace('/usr/bin/kvm-ib', at('/bin/kvm-ib'))
-      .replace('/run/systemd/system', at('/none'));
+      .replace('systemctl ', `${at('/bin/kvm-ib')} systemctl `)
+      .replace('/run/systemd/system', at(systemd ? '/bin' : '/none'));
     put('/dispatcher', `${text.replace(/ &$/m, '')}`, 0o755);
     const result = await run([...shell, at('/dispatcher'), link, action], { env: ENV });
     expect([result.status, result.stdout, result.stderr]).toEqual([0, '', '']);
@@ -260,6 +267,12 @@ describe('the dispatcher script', () => {
     ] as const) {
       expect([link, action, await dispatch(link, action, config, shell)]).toEqual([link, action, expected]);
     }
+  });
+
+  test('leaves the work to the unit where systemd runs, and does not wait', async () => {
+    expect(await dispatch('ib0', 'up', CONFIG, ['/usr/bin/dash'], true)).toBe(
+      'systemctl --no-block reload-or-restart kvm-ib-reconcile.service\n',
+    );
   });
 });
 

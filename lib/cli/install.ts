@@ -175,7 +175,7 @@ async function installHost(shell: Shell, options: Options): Promise<void> {
 
 /** Every file of the package that goes into /usr/lib/kvm-ib, so that it can install and uninstall again. */
 function packageFiles(pack: Package): readonly { readonly path: string; readonly mode: number }[] {
-  return [...pack.list('drivers'), ...pack.list('rulesets')];
+  return [...pack.list('drivers'), ...pack.list('rulesets'), ...pack.list('docs/man')];
 }
 
 async function hostFacts(target: Target, options: Options): Promise<HostFacts> {

@@ -39,7 +39,7 @@ import { exec } from './exec.ts';
 const VISUDO = '/usr/sbin/visudo';
 
 export interface Package {
-  /** Every file below a folder of the package, as `folder/…`, sorted. */
+  /** Every file below a folder of the package, as `folder/…`, sorted; none when it is not there. */
   list(folder: string): readonly { readonly path: string; readonly mode: number }[];
   /** `bundle/NAME`, `rulesets/…`, `drivers/…`. */
   read(path: string): Buffer;
@@ -90,6 +90,7 @@ export function findPackage(from: string = dirname(fileURLToPath(import.meta.url
 
 /** Files below a directory, relative to it, sorted; links are not followed. */
 function filesBelow(directory: string, prefix = ''): readonly string[] {
+  if (!existsSync(directory)) return [];
   return readdirSync(directory, { withFileTypes: true })
     .flatMap((entry) =>
       entry.isDirectory()

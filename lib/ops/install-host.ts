@@ -7,6 +7,8 @@ import { parents, touches } from './install.ts';
 export const LIBRARY = '/usr/lib/kvm-ib';
 export const CONFIG_FILE = '/etc/kvm-ib/kvm-ib.yaml';
 export const HOST_RECORD = `${LIBRARY}/installed.json`;
+/** In the package; a build without documentation has none. */
+const MAN_PAGE = 'docs/man/kvm-ib.1';
 const COMMAND = '/usr/bin/kvm-ib';
 const SYSCTL_FILE = '/etc/sysctl.d/60-kvm-ib.conf';
 const MODULES_FILE = '/etc/modules-load.d/kvm-ib.conf';
@@ -41,7 +43,7 @@ export interface HostFacts {
   readonly links: ReadonlySet<string>;
 }
 
-/** @param packageFiles every file below `drivers/` and `rulesets/` of the package, with its mode */
+/** @param packageFiles every file below `drivers/`, `rulesets/` and `docs/man/` of the package, with its mode */
 export function hostItems(
   facts: Pick<HostFacts, 'networkManager' | 'config' | 'givenConfig'>,
   packageFiles: readonly { readonly path: string; readonly mode: number }[],
@@ -65,6 +67,17 @@ export function hostItems(
     program('kvm-ib-engine', 0o755, 'rulesets/kvm-ib-engine'),
     ...[...folders].sort().map((folder) => own(`${LIBRARY}/${folder}`)),
     ...packageFiles.map(({ path, mode }) => program(path, mode, path)),
+    ...packageFiles
+      .filter(({ path }) => path === MAN_PAGE)
+      .map(({ path }): Item => {
+        return {
+          kind: 'file',
+          path: '/usr/share/man/man1/kvm-ib.1',
+          mode: 0o644,
+          source: { package: path },
+          keep: 'ours',
+        };
+      }),
     { kind: 'link', path: COMMAND, target: `../lib/kvm-ib/kvm-ib.mjs` },
     { kind: 'directory', path: '/etc/kvm-ib', mode: 0o755, own: false },
     {

@@ -5,6 +5,7 @@
 import {
   chmodSync,
   chownSync,
+  cpSync,
   existsSync,
   lstatSync,
   mkdirSync,
@@ -19,7 +20,7 @@ import {
 import { tmpdir } from 'node:os';
 import { dirname, join, resolve } from 'node:path';
 import { afterEach, beforeEach, describe, expect, test } from 'vitest';
-import { CONFIG, domainOf, run, testVm, vmXmlOf } from '../support/driver.ts';
+import { CONFIG, copyBundles, domainOf, run, testVm, vmXmlOf } from '../support/driver.ts';
 import { requireOwnNetns } from '../support/netns.ts';
 
 requireOwnNetns();
@@ -91,6 +92,7 @@ describe('on a host, below another root', () => {
       ['/usr/lib/kvm-ib', 0o755],
       ['/etc/kvm-ib/kvm-ib.yaml', 0o644],
       ['/etc/systemd/system/kvm-ib.timer', 0o644],
+      ['/usr/share/man/man1/kvm-ib.1', 0o644],
     ] as const) {
       const stat = statSync(at(path));
       expect([path, stat.mode & 0o7777, stat.uid, stat.gid]).toEqual([path, mode, 0, 0]);
@@ -218,6 +220,57 @@ describe('on a host, below another root', () => {
     const result = await kvmIb(['install', 'host', '--root', root]);
     expect([result.status, result.stderr]).toEqual([4, expect.stringContaining('/etc/sudoers.d/kvm-ib')]);
     expect(existsSync(at('/usr'))).toBe(false);
+  });
+
+  test('the example names no network as it stands, and is right once its comment signs are taken away', async () => {
+    await report(['install', 'host']);
+    const path = at('/etc/kvm-ib/kvm-ib.yaml');
+    const example = readFileSync(path, 'utf8');
+    const check = async (): Promise<string> => {
+      const { stdout, stderr } = await kvmIb(['config', 'check', '--config', path, '--json']);
+      return stdout + stderr;
+    };
+    expect(await check()).toContain('bad-config');
+    writeFileSync(path, example.replace(/^#(?=\S| {2})/gm, ''));
+    const checked = JSON.parse(await check()) as { networks: readonly object[]; static: readonly object[] };
+    expect(checked).toMatchObject({
+      networks: [{ name: 'ib', bridge: 'virbr1', isolate: true }],
+      static: [{ guest: '192.168.122.6' }],
+    });
+  });
+
+  test('a drop-in that visudo refuses stops it before anything is written', async () => {
+    const [bundles, rules] = [join(root, 'package/dist'), join(root, 'package/rulesets')];
+    cpSync(join(REPOSITORY, 'rulesets'), rules, { recursive: true });
+    cpSync(join(REPOSITORY, 'drivers'), join(root, 'package/drivers'), { recursive: true });
+    mkdirSync(bundles);
+    copyBundles(bundles, ['kvm-ib.mjs', 'engine.mjs', 'parser.mjs']);
+    writeFileSync(join(rules, 'sudoers.d/kvm-ib'), 'oneadmin ALL=(root NOPASSWD: ALL\n');
+    mkdirSync(at('/target'));
+    const install = (): ReturnType<typeof run> =>
+      kvmIb(['install', 'host', '--root', at('/target')], join(bundles, 'kvm-ib.mjs'));
+    const refused = await install();
+    expect([refused.status, refused.stderr]).toEqual([1, expect.stringContaining('visudo refuses it')]);
+    expect(everything(at('/target'))).toEqual([]);
+    rmSync(rules, { recursive: true });
+    const incomplete = await install();
+    expect([incomplete.status, incomplete.stderr]).toEqual([
+      6,
+      expect.stringContaining('Cannot find the files to install'),
+    ]);
+  });
+
+  test('the running system is for root alone', async () => {
+    const nobody = ['/usr/bin/setpriv', '--reuid=65534', '--regid=65534', '--clear-groups'];
+    for (const args of [
+      ['install', 'host'],
+      ['uninstall', 'host'],
+      ['install', 'front-end'],
+      ['uninstall', 'front-end'],
+    ]) {
+      const result = await run([...nobody, process.execPath, BUNDLE, ...args], { env: ENV });
+      expect([args, result.status]).toEqual([args, 5]);
+    }
   });
 });
 

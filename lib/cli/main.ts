@@ -16,6 +16,7 @@ import { exec } from '../host/exec.ts';
 import { createLinks } from '../host/links.ts';
 import { pathsFrom } from '../host/paths.ts';
 import { ownIdentity } from '../host/process.ts';
+import { createStatusFile } from '../host/status-file.ts';
 import { createStore } from '../host/store.ts';
 import { createHost, requireRights } from '../host/this-host.ts';
 import { networkXml } from '../libvirt/network.ts';
@@ -23,13 +24,15 @@ import { checkConfig } from '../ops/check.ts';
 import type { Host } from '../ops/host.ts';
 import { list, status } from '../ops/inspect.ts';
 import { obstacles } from '../ops/obstacles.ts';
-import { reconcile } from '../ops/reconcile.ts';
+import { reconcileAndPublish } from '../ops/publish.ts';
 import type { SyncResult } from '../ops/sync.ts';
 import { sync } from '../ops/sync.ts';
 import { teardown } from '../ops/teardown.ts';
+import { addInstallCommands } from './install.ts';
 import { renderPlan, table, wantsColour } from './render.ts';
 
 declare const KVM_IB_VERSION: string | undefined;
+const VERSION = typeof KVM_IB_VERSION === 'string' ? KVM_IB_VERSION : 'development';
 
 interface CommonOptions {
   readonly config?: string;
@@ -48,6 +51,7 @@ Exit codes:
 Files:
   /etc/kvm-ib/kvm-ib.yaml   configuration (KVM_IB_CONFIG, --config)
   /var/lib/kvm-ib/          what this host should have (KVM_IB_STATE_DIR)
+  /run/kvm-ib/status        what the last reconcile found, for OpenNebula's probes (KVM_IB_RUN_DIR)
 `;
 
 let exitStatus: ExitStatus = EXIT.done;
@@ -64,7 +68,7 @@ process.exitCode = exitStatus;
 function program(): Command {
   const root = new Command('kvm-ib')
     .description('A real IPoIB address for every KVM guest, by 1-to-1 NAT on this host.')
-    .version(typeof KVM_IB_VERSION === 'string' ? KVM_IB_VERSION : 'development')
+    .version(VERSION)
     .exitOverride()
     .showHelpAfterError('(see `kvm-ib --help`)')
     .addHelpText(
@@ -162,6 +166,7 @@ function program(): Command {
   )
     .option('--force', 'also while VMs are mapped')
     .action(runTeardown);
+  addInstallCommands(root, { version: VERSION, colour, command, useJson, exit, out, warn, json });
   return root;
 }
 
@@ -349,7 +354,8 @@ async function showStatus(options: CommonOptions): Promise<void> {
 }
 
 async function runReconcile(options: CommonOptions & { readonly quiet?: boolean }): Promise<void> {
-  const result = await reconcile(await open(options, 'reconcile'), { dryRun: options.dryRun ?? false });
+  const sink = createStatusFile(options.config === undefined ? pathsFrom(process.env).run : undefined, VERSION);
+  const result = await reconcileAndPublish(await open(options, 'reconcile'), sink, { dryRun: options.dryRun ?? false });
   const [first] = result.errors;
   if (first !== undefined) exitStatus = first.exit;
   if (options.json) {
@@ -486,6 +492,14 @@ function errorText(error: KvmIbError): string {
   const why = error.why === undefined ? '' : `  why: ${indent(error.why)}\n`;
   const fix = error.fix === undefined ? '' : `  fix: ${indent(error.fix)}\n`;
   return `error: ${error.message}  [${error.code}]\n${why}${fix}`;
+}
+
+function useJson(wanted: boolean): void {
+  asJson = wanted;
+}
+
+function exit(status: ExitStatus): void {
+  exitStatus = status;
 }
 
 function warn(warnings: readonly string[]): void {

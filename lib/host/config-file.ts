@@ -13,7 +13,7 @@ const SIZE_LIMIT = 1024 * 1024;
  * @throws KvmIbError `not-permitted` when it may not be read
  */
 export function readConfig(file: string): Config {
-  const text = readText(file);
+  const text = readConfigText(file);
   const lines = new LineCounter();
   const document = parseDocument(text, { lineCounter: lines, prettyErrors: false, uniqueKeys: true });
   const broken = document.errors.map((error) => ({
@@ -43,7 +43,8 @@ export function readConfig(file: string): Config {
   return parseConfig(raw, locate, file);
 }
 
-function readText(file: string): string {
+/** The file as it stands. @throws KvmIbError as `readConfig`, the content aside */
+export function readConfigText(file: string): string {
   let fd: number;
   try {
     // O_NONBLOCK: a FIFO in the file's place must not hang us.

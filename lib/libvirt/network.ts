@@ -75,6 +75,13 @@ export function networkXml(network: Network, options: NetworkXmlOptions): string
   ].join('\n');
 }
 
+/** Prefix length of the smallest subnet that holds a bridge address and all guests: the one that `networkXml` takes. */
+export function subnetOf(network: Network, bridgeAddress: Ipv4): number {
+  const own = ipv4ToNumber(bridgeAddress);
+  const { first, last } = network.guests;
+  return smallestPrefix(Math.min(ipv4ToNumber(first), own), Math.max(ipv4ToNumber(last), own));
+}
+
 /** Whether both lie in one subnet of this length, its network and broadcast address excluded. */
 function holds(length: number, lowest: number, highest: number): boolean {
   const size = 2 ** (32 - length);

@@ -1,0 +1,498 @@
+/** `kvm-ib install` and `kvm-ib uninstall`: what to put where is decided in `ops/install*.ts`, done by `host/installer.ts`. */
+import { resolve } from 'node:path';
+import type { Command } from 'commander';
+import type { Ipv4 } from '../core/address.ts';
+import { ipv4FromNumber, parseIpv4 } from '../core/address.ts';
+import { bridgeAddress } from '../core/config.ts';
+import type { ExitStatus } from '../core/errors.ts';
+import { EXIT, KvmIbError, printable, toKvmIbError } from '../core/errors.ts';
+import type { Config, Network } from '../core/mapping.ts';
+import { readConfig, readConfigText } from '../host/config-file.ts';
+import { exec } from '../host/exec.ts';
+import type { Package, StepResult, Target } from '../host/installer.ts';
+import { findPackage, linkNames, openTarget, runSteps } from '../host/installer.ts';
+import { DEFAULT_RUN_DIR, DEFAULT_STATE_DIR, FIXED_PATHS } from '../host/paths.ts';
+import { createStore } from '../host/store.ts';
+import { createHost, requireRights } from '../host/this-host.ts';
+import { subnetOf } from '../libvirt/network.ts';
+import { parseOneVersion } from '../opennebula/registration.ts';
+import type { Item, Note, Operation, Sign, Step } from '../ops/install.ts';
+import { isChange, octal, planInstall, planUninstall } from '../ops/install.ts';
+import type { FrontEndFacts } from '../ops/install-front-end.ts';
+import {
+  describeSize,
+  FRONT_END_USER,
+  frontEndItems,
+  frontEndNotes,
+  ONED_CONF,
+  REMOTES,
+  syncedSize,
+  VERSION_FILE,
+  VMM_EXECRC,
+} from '../ops/install-front-end.ts';
+import type { HostFacts } from '../ops/install-host.ts';
+import {
+  CONFIG_FILE,
+  HOST_RECORD,
+  hostItems,
+  hostNotes,
+  hostSteps,
+  hostUninstallSteps,
+  LIBRARY,
+} from '../ops/install-host.ts';
+import { teardown } from '../ops/teardown.ts';
+
+/** What a command needs of the program that it is part of. */
+export interface Shell {
+  readonly version: string;
+  readonly colour: boolean;
+  command(
+    parent: Command,
+    name: string,
+    description: string,
+    also: readonly 'dry-run'[],
+    examples: readonly string[],
+  ): Command;
+  /** Errors are JSON from now on. */
+  useJson(json: boolean): void;
+  exit(status: ExitStatus): void;
+  out(text: string): void;
+  warn(warnings: readonly string[]): void;
+  json(value: unknown): void;
+}
+
+interface Options {
+  readonly config?: string;
+  readonly json?: boolean;
+  readonly dryRun?: boolean;
+  readonly root: string;
+}
+
+const EXAMPLE: Network = {
+  name: 'ib',
+  device: 'ib0' as Network['device'],
+  bridge: 'virbr1' as Network['bridge'],
+  guests: { first: '192.168.122.2' as Ipv4, last: '192.168.122.6' as Ipv4 },
+  addresses: { first: '192.168.10.202' as Ipv4, last: '192.168.10.206' as Ipv4 },
+  isolate: true,
+};
+/** What a datagram-mode link of today has (RFC 4391: 2048 less the IPoIB header). */
+const COMMON_MTU = 2044;
+
+export function addInstallCommands(program: Command, shell: Shell): void {
+  const install = program.command('install').description('Put kvm-ib in place');
+  const uninstall = program.command('uninstall').description('Take kvm-ib off, all of it');
+  const root = ['--root <dir>', 'a directory that stands for /: files only, nothing is run', '/'] as const;
+  shell
+    .command(
+      install,
+      'host',
+      'Install on this hypervisor: programs, sudo, sysctl, units',
+      ['dry-run'],
+      [
+        'kvm-ib install host --dry-run',
+        'kvm-ib install host --config kvm-ib.yaml     with a configuration, if there is none yet',
+      ],
+    )
+    .option(...root)
+    .action((options: Options) => installHost(shell, options));
+  shell
+    .command(
+      install,
+      'front-end',
+      "Install the driver and the probes into OpenNebula's remotes",
+      ['dry-run'],
+      ['kvm-ib install front-end --dry-run', 'kvm-ib install front-end --config kvm-ib.yaml --mtu 4092'],
+    )
+    .option(...root)
+    .option('--one-version <version>', `default: what ${VERSION_FILE} says`)
+    .option('--mtu <bytes>', 'MTU of the IPoIB link, for the guests', String(COMMON_MTU))
+    .option('--bridge-address <address>', "the host's address on the bridge; default: as `network-xml`")
+    .action((options: FrontEndOptions) => installFrontEnd(shell, options));
+  shell
+    .command(
+      uninstall,
+      'host',
+      'Take kvm-ib off this hypervisor; refused while VMs are mapped',
+      ['dry-run'],
+      ['kvm-ib uninstall host --dry-run', 'kvm-ib uninstall host --purge                the configuration as well'],
+    )
+    .option(...root)
+    .option('--purge', 'the configuration as well')
+    .action((options: Options & { readonly purge?: boolean }) => uninstallHost(shell, options));
+  shell
+    .command(
+      uninstall,
+      'front-end',
+      "Take driver and probes out of OpenNebula's remotes",
+      ['dry-run'],
+      ['kvm-ib uninstall front-end --dry-run'],
+    )
+    .option(...root)
+    .option('--force', 'also while hosts of this driver run VMs, or when OpenNebula does not answer')
+    .action((options: Options & { readonly force?: boolean }) => uninstallFrontEnd(shell, options));
+}
+
+function open(shell: Shell, options: Options, what: string): Target {
+  shell.useJson(options.json ?? false);
+  const target = openTarget(resolve(options.root), FRONT_END_USER);
+  if (target.live && !options.dryRun && process.getuid?.() !== 0) {
+    throw new KvmIbError('not-permitted', `Cannot ${what}`, {
+      why: 'only root may write there',
+      fix: `run it as root: sudo kvm-ib ${what}; or look with --dry-run`,
+    });
+  }
+  if (!target.live && !target.exists('/')) {
+    throw new KvmIbError('usage', `Cannot ${what}`, { why: `${target.root} is not there`, fix: 'make the directory' });
+  }
+  return target;
+}
+
+async function installHost(shell: Shell, options: Options): Promise<void> {
+  const target = open(shell, options, 'install host');
+  const pack = findPackage();
+  const facts = await hostFacts(target, options);
+  if (target.live) requireNode(target);
+  const items = hostItems(facts, packageFiles(pack));
+  const record = target.readRecord(HOST_RECORD);
+  const look = target.observe(pack, record.files);
+  const operations = planInstall(items, look);
+  const steps = hostSteps(operations, facts);
+  let results: readonly StepResult[] = [];
+  if (!options.dryRun) {
+    const made = await target.apply(operations, pack);
+    const written = new Map(record.files);
+    for (const { item, sign } of operations) {
+      if (item?.kind === 'file' && item.keep !== 'always' && sign !== '!')
+        written.set(item.path, look.content(item).sha256);
+    }
+    const directories = [...new Set([...record.directories, ...made])].sort();
+    target.writeRecord(HOST_RECORD, { version: shell.version, files: written, directories });
+    results = await runSteps(steps);
+  }
+  show(shell, options, { operations, steps, results, notes: hostNotes(facts) });
+}
+
+/** Every file of the package that goes into /usr/lib/kvm-ib, so that it can install and uninstall again. */
+function packageFiles(pack: Package): readonly { readonly path: string; readonly mode: number }[] {
+  return [...pack.list('drivers'), ...pack.list('rulesets'), ...pack.list('docs/man')];
+}
+
+async function hostFacts(target: Target, options: Options): Promise<HostFacts> {
+  const standing = target.exists(CONFIG_FILE);
+  const given = options.config === undefined || standing ? null : readConfigText(options.config);
+  const { config, problem } = configOf(standing ? `${target.live ? '' : target.root}${CONFIG_FILE}` : options.config);
+  // What was asked for by name must hold; what stands there may be the example still.
+  if (given !== null && options.config !== undefined) readConfig(options.config);
+  const systemd = target.live && target.exists('/run/systemd/system');
+  return {
+    live: target.live,
+    systemd,
+    unitsRunning: systemd && (await unitsRunning()),
+    conntrack: target.exists('/proc/sys/net/netfilter/nf_conntrack_tcp_loose'),
+    networkManager: target.exists('/etc/NetworkManager'),
+    selinux: target.exists('/etc/selinux/config'),
+    firewalld: target.exists('/etc/firewalld'),
+    config,
+    configProblem: problem,
+    givenConfig: given,
+    links: linkNames(),
+  };
+}
+
+function configOf(file: string | undefined): { readonly config: Config | null; readonly problem: string | null } {
+  if (file === undefined) return { config: null, problem: null };
+  try {
+    return { config: readConfig(file), problem: null };
+  } catch (cause) {
+    const error = toKvmIbError(cause);
+    return { config: null, problem: printable((error.why ?? error.message).split('\n')[0] ?? '', 200) };
+  }
+}
+
+async function unitsRunning(): Promise<boolean> {
+  const ask = async (...args: readonly string[]): Promise<boolean> =>
+    (await exec(['/usr/bin/systemctl', '--quiet', ...args])).status === 0;
+  const units = ['kvm-ib-reconcile.service', 'kvm-ib.timer'];
+  for (const unit of units) if (!(await ask('is-enabled', unit))) return false;
+  return ask('is-active', 'kvm-ib.timer');
+}
+
+/** The engine starts Node from these places alone. */
+function requireNode(target: Target): void {
+  if (target.exists('/usr/bin/node') || target.exists('/usr/local/bin/node')) return;
+  throw new KvmIbError('host-lacks', 'Cannot install on this host', {
+    why: 'node is neither /usr/bin/node nor /usr/local/bin/node, where engine and units look for it',
+    fix: `install Node.js 20.11 or later for all users, or: ln -s ${process.execPath} /usr/local/bin/node`,
+  });
+}
+
+async function uninstallHost(shell: Shell, options: Options & { readonly purge?: boolean }): Promise<void> {
+  const target = open(shell, options, 'uninstall host');
+  const pack = findPackage();
+  const base = target.live ? '' : target.root;
+  const store = createStore(`${base}${DEFAULT_STATE_DIR}`);
+  const { files, unreadable } = store.all();
+  const vms = files.flatMap((file) => (file.owner.kind === 'vm' ? [file.owner.vm] : []));
+  const [broken] = unreadable;
+  if (vms.length > 0 || broken !== undefined) {
+    throw new KvmIbError('conflict', 'Cannot uninstall kvm-ib from this host', {
+      why:
+        broken === undefined
+          ? `VMs are mapped: ${vms.slice(0, 10).join(', ')}${vms.length > 10 ? ', …' : ''}`
+          : `a state file cannot be read, so what it mapped is not known: ${broken.path}`,
+      fix:
+        broken === undefined
+          ? 'shut them down or migrate them; or cut them off with `kvm-ib teardown --force`, then uninstall'
+          : 'look at it; or `kvm-ib teardown --force`, then uninstall',
+    });
+  }
+  const plan = (): readonly Operation[] => planHostUninstall(target, pack, options.purge ?? false);
+  let operations = plan();
+  const systemd = target.live && target.exists('/run/systemd/system');
+  const unitThere = target.exists('/etc/systemd/system/kvm-ib.timer');
+  const { before, after } = hostUninstallSteps({ live: target.live, systemd: systemd && unitThere });
+  const results: StepResult[] = [];
+  if (!options.dryRun) {
+    results.push(...(await runSteps(before)));
+    const stuck = results.find((result) => !result.ok);
+    if (stuck !== undefined) {
+      throw new KvmIbError('failed', 'Cannot stop the units', {
+        why: stuck.said,
+        fix: 'see `systemctl status kvm-ib.timer`',
+      });
+    }
+    if (target.live) await takeDown(shell, target);
+    // Again: what was torn down has left other files.
+    operations = plan();
+    await target.apply(operations, pack);
+    results.push(...(await runSteps(after)));
+  }
+  const notes: Note[] =
+    target.live && operations.length > 0
+      ? [
+          {
+            title: 'Left as they are: the libvirt network and loaded sysctl values, which others may use by now',
+            text: '  virsh net-destroy kvm-ib-NETWORK && virsh net-undefine kvm-ib-NETWORK',
+          },
+        ]
+      : [];
+  show(shell, options, { operations, steps: [...before, ...after], results, notes });
+}
+
+function planHostUninstall(target: Target, pack: Package, purge: boolean): readonly Operation[] {
+  const record = target.readRecord(HOST_RECORD);
+  // With all that an installation may have written, whatever is configured now.
+  const everything = { networkManager: true, config: { networks: [], static: [] }, givenConfig: null };
+  const data = [DEFAULT_STATE_DIR, DEFAULT_RUN_DIR];
+  return planUninstall(
+    {
+      items: [
+        ...hostItems(everything, packageFiles(pack)),
+        ...data.map((path): Item => ({ kind: 'directory', path, mode: 0o755, own: true })),
+      ],
+      inside: target.inside([LIBRARY, ...data]),
+      madeDirectories: record.directories,
+      keep: purge ? new Set() : new Set([CONFIG_FILE]),
+    },
+    target.observe(pack, record.files),
+  );
+}
+
+/** Aliases, pairs and the table go while the programs that know them are there. */
+async function takeDown(shell: Shell, target: Target): Promise<void> {
+  if (!target.exists(CONFIG_FILE)) return;
+  const { config, problem } = configOf(CONFIG_FILE);
+  if (config === null) {
+    // The example: nothing was ever mapped by it.
+    if (createStore(DEFAULT_STATE_DIR).all().files.length === 0) return;
+    throw new KvmIbError('bad-config', 'Cannot take the mappings off this host', {
+      why: problem ?? 'the configuration does not hold',
+      fix: `correct ${CONFIG_FILE}, then uninstall again`,
+    });
+  }
+  requireRights('uninstall host');
+  const { warnings } = await teardown(await createHost(FIXED_PATHS, config), {});
+  shell.warn(warnings);
+}
+
+interface FrontEndOptions extends Options {
+  readonly oneVersion?: string;
+  readonly mtu: string;
+  readonly bridgeAddress?: string;
+}
+
+async function installFrontEnd(shell: Shell, options: FrontEndOptions): Promise<void> {
+  const target = open(shell, options, 'install front-end');
+  const pack = findPackage();
+  const facts = frontEndFacts(target, options);
+  const operations = planInstall(frontEndItems(pack.list('drivers')), target.observe(pack, new Map()));
+  if (!options.dryRun) await target.apply(operations, pack);
+  const size = syncedSize(operations);
+  show(shell, options, { operations, steps: [], results: [], notes: frontEndNotes(facts, size), synced: size });
+}
+
+function frontEndFacts(target: Target, options: FrontEndOptions): FrontEndFacts {
+  if (target.live && !target.exists(REMOTES)) {
+    throw new KvmIbError('host-lacks', 'Cannot install the driver', {
+      why: `${REMOTES} is not there: this is no OpenNebula front-end`,
+      fix: 'run it on the front-end',
+    });
+  }
+  const said = options.oneVersion ?? target.readText(VERSION_FILE);
+  if (said === null) {
+    throw new KvmIbError('host-lacks', 'Cannot tell which OpenNebula this is', {
+      why: `${VERSION_FILE} is not there`,
+      fix: 'give it: --one-version 6.10',
+    });
+  }
+  const mtu = /^[1-9][0-9]{1,4}$/.test(options.mtu) ? Number(options.mtu) : 0;
+  if (mtu < 68 || mtu > 65_535) {
+    throw new KvmIbError('usage', `Cannot read --mtu "${printable(options.mtu, 40)}"`, {
+      why: 'it is not a number of bytes from 68 to 65535',
+      fix: 'give that of the IPoIB link of the hosts: 2044, 4092 or 65520',
+    });
+  }
+  const file = options.config ?? (target.exists(CONFIG_FILE) && target.live ? CONFIG_FILE : undefined);
+  const config = options.config === undefined ? configOf(file).config : readConfig(options.config);
+  const gateway =
+    options.bridgeAddress === undefined ? undefined : parseIpv4(options.bridgeAddress, '--bridge-address');
+  const networks = (config?.networks ?? [EXAMPLE]).map((network) => {
+    const address = gateway ?? bridgeAddress(network) ?? ipv4FromNumber(0);
+    return { network, options: { gateway: address, prefixLength: subnetOf(network, address), mtu } };
+  });
+  return {
+    version: parseOneVersion(said),
+    onedConf: target.readText(ONED_CONF),
+    vmmExecrc: target.readText(VMM_EXECRC),
+    networks,
+    networksConfigured: config !== null,
+  };
+}
+
+async function uninstallFrontEnd(shell: Shell, options: Options & { readonly force?: boolean }): Promise<void> {
+  const target = open(shell, options, 'uninstall front-end');
+  const pack = findPackage();
+  if (target.live && !options.force) await refuseWhileHostsRun(target);
+  const items = frontEndItems(pack.list('drivers'));
+  const own = items.flatMap((item) => (item.kind === 'directory' && item.own ? [item.path] : []));
+  const look = target.observe(pack, new Map());
+  const operations = planUninstall({ items, inside: target.inside(own), madeDirectories: [], keep: new Set() }, look);
+  if (!options.dryRun) await target.apply(operations, pack);
+  const notes: Note[] =
+    operations.length > 0
+      ? [
+          {
+            title: `Take the section VM_MAD of "kvm-ib" out of ${ONED_CONF} and its words out of ${VMM_EXECRC}, then`,
+            text: `systemctl restart opennebula\nrunuser -u ${FRONT_END_USER} -- onehost sync --force`,
+          },
+        ]
+      : [];
+  show(shell, options, { operations, steps: [], results: [], notes });
+}
+
+/** Without its scripts OpenNebula could not even shut the VMs of these hosts down. */
+async function refuseWhileHostsRun(target: Target): Promise<void> {
+  const ONEHOST = '/usr/bin/onehost';
+  if (!target.exists(ONEHOST)) return;
+  const refuse = (why: string): KvmIbError =>
+    new KvmIbError('conflict', 'Cannot uninstall the driver', {
+      why,
+      fix: 'power their VMs off and move the hosts to another driver first; or use --force',
+    });
+  const asked = await exec(['/usr/sbin/runuser', '-u', FRONT_END_USER, '--', ONEHOST, 'list', '--xml']).catch(
+    toKvmIbError,
+  );
+  if (asked instanceof KvmIbError || asked.status !== 0) {
+    throw refuse('OpenNebula does not say which hosts use it (`onehost list` failed)');
+  }
+  const busy = (asked.stdout.match(/<HOST>[\s\S]*?<\/HOST>/g) ?? []).flatMap((host) => {
+    const text = (tag: string): string =>
+      new RegExp(`<${tag}>\\s*(?:<!\\[CDATA\\[)?([^<\\]]*)`).exec(host)?.[1]?.trim() ?? '';
+    return text('VM_MAD') === 'kvm-ib' && Number(text('RUNNING_VMS')) > 0 ? [printable(text('NAME'), 60)] : [];
+  });
+  if (busy.length > 0) throw refuse(`VMs run on hosts of this driver: ${busy.slice(0, 10).join(', ')}`);
+}
+
+interface Outcome {
+  readonly operations: readonly Operation[];
+  readonly steps: readonly Step[];
+  readonly results: readonly StepResult[];
+  readonly notes: readonly Note[];
+  readonly synced?: { readonly files: number; readonly bytes: number };
+}
+
+function show(shell: Shell, options: Options, outcome: Outcome): void {
+  const { operations, steps, results, notes, synced } = outcome;
+  const failed = results.filter((result) => !result.ok);
+  if (failed.length > 0) shell.exit(EXIT.hostLacks);
+  const dryRun = options.dryRun ?? false;
+  const changes = operations.filter(isChange);
+  if (options.json) {
+    shell.json({
+      root: options.root,
+      dryRun,
+      changed: changes.length > 0 || steps.length > 0,
+      operations: operations.map(({ item: _, ...operation }) => operation),
+      steps: dryRun ? steps : results,
+      ...(synced === undefined ? {} : { synced }),
+      notes,
+    });
+    return;
+  }
+  for (const operation of condense(operations)) shell.out(line(operation, shell.colour));
+  for (const { argv } of steps) shell.out(`$ ${argv.join(' ')}\n`);
+  if (dryRun)
+    shell.out(changes.length + steps.length === 0 ? 'Nothing would change.\n' : 'Nothing was changed (--dry-run).\n');
+  else if (changes.length + steps.length === 0) shell.out('Nothing to change.\n');
+  if (synced !== undefined) shell.out(`\`onehost sync\` copies ${describeSize(synced)} more to each host.\n`);
+  for (const { title, text } of notes) shell.out(`\n${title}${/[.:]$/.test(title) ? '' : ':'}\n${indent(text)}\n`);
+  shell.warn(failed.map(({ argv, what, said }) => `${what}: \`${argv.join(' ')}\` failed: ${said}`));
+}
+
+/** Folders of many small files, shown as one line for each sign. */
+const FOLDED = [`${LIBRARY}/drivers`, `${LIBRARY}/rulesets`, `${REMOTES}/vmm/kvm-ib`];
+
+function condense(operations: readonly Operation[]): readonly Operation[] {
+  const folderOf = ({ path, why }: Operation): string | undefined =>
+    why === '' ? FOLDED.find((folder) => path === folder || path.startsWith(`${folder}/`)) : undefined;
+  const shown = new Set<string>();
+  return operations.flatMap((operation): readonly Operation[] => {
+    const folder = folderOf(operation);
+    if (folder === undefined) return [operation];
+    const key = `${operation.sign} ${folder}`;
+    if (shown.has(key)) return [];
+    shown.add(key);
+    const files = operations.filter(
+      (o) => o.sign === operation.sign && o.kind !== 'directory' && folderOf(o) === folder,
+    );
+    const size = files.reduce((sum, { size: bytes }) => sum + (bytes ?? 0), 0);
+    const why = `${files.length} ${files.length === 1 ? 'file' : 'files'}`;
+    return [{ ...operation, path: folder, kind: 'directory', mode: null, size: size === 0 ? null : size, why }];
+  });
+}
+
+const COLOURS: Readonly<Record<Sign, string | undefined>> = {
+  '+': '32',
+  '~': '33',
+  '-': '31',
+  '!': '35',
+  '=': undefined,
+};
+
+function line({ sign, path, kind, mode, owner, size, why }: Operation, colour: boolean): string {
+  const properties = [
+    ...(mode === null || sign === '-' ? [] : [octal(mode)]),
+    ...(owner === null || sign === '-' ? [] : [owner]),
+    ...(size === null ? [] : [`${size} bytes`]),
+    ...(why === '' ? [] : [why]),
+  ];
+  const what = { file: 'file', link: 'link', directory: 'dir ' }[kind];
+  const text = `${sign} ${what} ${path}${properties.length === 0 ? '' : ` (${properties.join(', ')})`}`;
+  const code = COLOURS[sign];
+  return colour && code !== undefined ? `\u001b[${code}m${text}\u001b[0m\n` : `${text}\n`;
+}
+
+function indent(text: string): string {
+  return text.replace(/^(?=.)/gm, '  ');
+}

@@ -1,0 +1,159 @@
+/**
+ * How OpenNebula is told of the driver: sections and templates as text, for the version that is installed. Pure. The
+ * differences between versions are those of `oned.conf` and `vmm_execrc` of 6.0 to 7.x.
+ */
+import type { Ipv4 } from '../core/address.ts';
+import { ipv4FromNumber, ipv4ToNumber, rangeSize } from '../core/address.ts';
+import { KvmIbError, printable } from '../core/errors.ts';
+import type { Network } from '../core/mapping.ts';
+
+/** Name of the driver: of the VM_MAD and of its folder. */
+export const DRIVER = 'kvm-ib';
+
+export interface OneVersion {
+  readonly major: number;
+  readonly minor: number;
+  readonly text: string;
+}
+
+/**
+ * @param text content of `/var/lib/one/remotes/VERSION`, or what the operator says
+ * @throws KvmIbError `bad-input` when it is no version; `unsupported` below 6.0, whose deploy leaves no VM description
+ */
+export function parseOneVersion(text: string): OneVersion {
+  const parts = /^\s*(\d{1,3})\.(\d{1,3})((?:\.\d{1,5}){0,3})(?:[-+~][A-Za-z0-9.]{0,20})?\s*$/.exec(text);
+  if (parts === null) {
+    throw new KvmIbError('bad-input', `Cannot read the OpenNebula version "${printable(text.trim(), 40)}"`, {
+      why: 'it is not of the form 6.10 or 7.0.1',
+      fix: 'give it: --one-version 6.10',
+    });
+  }
+  const version = { major: Number(parts[1]), minor: Number(parts[2]), text: text.trim() };
+  if (version.major >= 6) return version;
+  throw new KvmIbError('unsupported', `Cannot serve OpenNebula ${version.text}`, {
+    why: 'before 6.0 a deploy does not say which NICs and addresses the VM has',
+    fix: 'upgrade OpenNebula to 6.0 or later',
+  });
+}
+
+/** What is read from the front-end's own files; null when a file is not there. */
+export interface FrontEndFiles {
+  /** /etc/one/oned.conf */
+  readonly onedConf: string | null;
+  /** /etc/one/vmm_exec/vmm_execrc */
+  readonly vmmExecrc: string | null;
+}
+
+/**
+ * The VM_MAD section. KEEP_SNAPSHOTS and LIVE_RESIZE as for stock kvm; IMPORTED_VMS_ACTIONS, which exists up to 6.10,
+ * is that of the stock section, which is to stay.
+ */
+export function vmMadSection(version: OneVersion, files: Pick<FrontEndFiles, 'onedConf'>): string {
+  const lines: [string, string][] = [
+    ['NAME', `"${DRIVER}"`],
+    ['SUNSTONE_NAME', '"KVM with IPoIB addresses"'],
+    ['EXECUTABLE', '"one_vmm_exec"'],
+    // -p: several actions at once on one host. The engine has a lock of its own.
+    ['ARGUMENTS', `"-t 15 -r 0 ${DRIVER} -p"`],
+    ['DEFAULT', '"vmm_exec/vmm_exec_kvm.conf"'],
+    ['TYPE', '"kvm"'],
+    ['KEEP_SNAPSHOTS', '"yes"'],
+    ['LIVE_RESIZE', '"yes"'],
+    ['SUPPORT_SHAREABLE', '"yes"'],
+  ];
+  const comments: string[] = [];
+  if (version.major < 7) {
+    const stock = attribute(vmMadOf(files.onedConf, 'kvm') ?? '', 'IMPORTED_VMS_ACTIONS');
+    if (stock !== undefined) lines.push(['IMPORTED_VMS_ACTIONS', `"${stock}"`]);
+    else comments.push('# Copy IMPORTED_VMS_ACTIONS from the section of "kvm" into this one.');
+  }
+  const width = Math.max(...lines.map(([key]) => key.length));
+  const body = lines.map(([key, value]) => `    ${key.padEnd(width)} = ${value}`).join(',\n');
+  return [...comments, 'VM_MAD = [', body, ']', ''].join('\n');
+}
+
+/** Whether `oned.conf` has our section. */
+export function isRegistered(onedConf: string | null): boolean {
+  return vmMadOf(onedConf, DRIVER) !== undefined;
+}
+
+/** The section of one driver, comments taken out. */
+function vmMadOf(onedConf: string | null, name: string): string | undefined {
+  const text = (onedConf ?? '').slice(0, 1024 * 1024).replace(/^[ \t]*#.*$/gm, '');
+  const sections = text.match(/^[ \t]*VM_MAD[ \t]*=[ \t]*\[[^\]]*\]/gm) ?? [];
+  return sections.find((section) => attribute(section, 'NAME') === name);
+}
+
+function attribute(section: string, key: string): string | undefined {
+  const value = new RegExp(`[\\[,\\s]${key}\\s*=\\s*"([^"]*)"`).exec(section)?.[1];
+  return value?.replace(/\s+/g, ' ').trim();
+}
+
+const STOCK_LIVE_SNAPSHOTS = ['kvm-qcow2', 'kvm-ceph', 'kvm-shared', 'kvm-ssh'];
+
+/**
+ * The line of `vmm_execrc` that keeps live disk snapshots: OpenNebula looks for `<name of the driver>-<TM_MAD>` there.
+ * @returns undefined when it is right already
+ */
+export function liveSnapshotsLine(version: OneVersion, files: Pick<FrontEndFiles, 'vmmExecrc'>): string | undefined {
+  const line = /^[ \t]*LIVE_DISK_SNAPSHOTS[ \t]*=[ \t]*["']?([^"'\n]*)["']?/m.exec(files.vmmExecrc ?? '')?.[1];
+  // From 7.0 on the stock ssh drivers are called local.
+  const stock = version.major >= 7 ? [...STOCK_LIVE_SNAPSHOTS, 'kvm-local'] : STOCK_LIVE_SNAPSHOTS;
+  const present = line?.split(/\s+/).filter((word) => /^[\w.-]+$/.test(word)) ?? stock;
+  const ours = present
+    .filter((word) => word.startsWith('kvm-') && !word.startsWith(`${DRIVER}-`))
+    .map((word) => `${DRIVER}-${word.slice('kvm-'.length)}`);
+  const missing = ours.filter((word) => !present.includes(word));
+  return missing.length === 0 ? undefined : `LIVE_DISK_SNAPSHOTS="${[...present, ...missing].join(' ')}"`;
+}
+
+export interface NetworkTemplateOptions {
+  /** The host's address on the bridge, the guests' gateway. */
+  readonly gateway: Ipv4;
+  /** Prefix length of the bridge's subnet. */
+  readonly prefixLength: number;
+  /** MTU of the IPoIB link in bytes. */
+  readonly mtu: number;
+}
+
+/** Virtual network of the guests: for `onevnet create`. */
+export function guestNetworkTemplate(network: Network, options: NetworkTemplateOptions): string {
+  const size = 2 ** (32 - options.prefixLength);
+  const base = Math.floor(ipv4ToNumber(options.gateway) / size) * size;
+  return [
+    `NAME            = "${network.name}-guests"`,
+    '# Not "bridge": with the last guest of a host that driver deletes the bridge, and with it the network of libvirt.',
+    'VN_MAD          = "dummy"',
+    `BRIDGE          = "${network.bridge}"`,
+    `NETWORK_ADDRESS = "${ipv4FromNumber(base)}"`,
+    `NETWORK_MASK    = "${ipv4FromNumber(2 ** 32 - size)}"`,
+    `GATEWAY         = "${options.gateway}"`,
+    `# Of ${network.device}; contextualization sets it inside the guest.`,
+    `GUEST_MTU       = "${options.mtu}"`,
+    `AR = [ TYPE = "IP4", IP = "${network.guests.first}", SIZE = "${rangeSize(network.guests)}" ]`,
+    '',
+  ].join('\n');
+}
+
+/**
+ * Virtual network of the IB addresses: OpenNebula leases from it what a NIC gets on the fabric. BRIDGE is there because
+ * the `dummy` driver wants one; nothing is attached to it.
+ */
+export function addressNetworkTemplate(network: Network): string {
+  return [
+    `NAME   = "${network.name}-addresses"`,
+    'VN_MAD = "dummy"',
+    `BRIDGE = "${network.bridge}"`,
+    `AR = [ TYPE = "IP4", IP = "${network.addresses.first}", SIZE = "${rangeSize(network.addresses)}" ]`,
+    '',
+  ].join('\n');
+}
+
+/** How a VM template uses both. */
+export function nicExample(network: Network): string {
+  return [
+    `NIC       = [ NAME = "NIC0", NETWORK = "${network.name}-guests" ]`,
+    `NIC_ALIAS = [ PARENT = "NIC0", NETWORK = "${network.name}-addresses", EXTERNAL = "YES" ]`,
+    '',
+  ].join('\n');
+}

@@ -1,0 +1,560 @@
+/**
+ * `kvm-ib install` and `uninstall` as a site runs them: below another root, and on the running system, which here is a
+ * copy-on-write layer over this machine's /etc, /usr, /var and /run in a mount namespace that is thrown away.
+ */
+import {
+  chmodSync,
+  chownSync,
+  cpSync,
+  existsSync,
+  lstatSync,
+  mkdirSync,
+  mkdtempSync,
+  readdirSync,
+  readFileSync,
+  rmSync,
+  statSync,
+  symlinkSync,
+  writeFileSync,
+} from 'node:fs';
+import { tmpdir } from 'node:os';
+import { dirname, join, resolve } from 'node:path';
+import { afterEach, beforeEach, describe, expect, test } from 'vitest';
+import { CONFIG, copyBundles, domainOf, run, testVm, vmXmlOf } from '../support/driver.ts';
+import { requireOwnNetns } from '../support/netns.ts';
+
+requireOwnNetns();
+
+const REPOSITORY = resolve(import.meta.dirname, '../..');
+const BUNDLE = join(REPOSITORY, 'dist/kvm-ib.mjs');
+const ENV = { PATH: `/usr/sbin:/usr/bin:/sbin:/bin:${dirname(process.execPath)}` };
+
+interface Report {
+  readonly changed: boolean;
+  readonly operations: readonly { readonly sign: string; readonly path: string; readonly why: string }[];
+  readonly notes: readonly { readonly title: string; readonly text: string }[];
+  readonly steps: readonly { readonly argv: readonly string[] }[];
+  readonly synced?: { readonly files: number; readonly bytes: number };
+}
+
+let root: string;
+beforeEach(() => {
+  root = mkdtempSync(join(tmpdir(), 'kvm-ib-root-'));
+});
+afterEach(() => rmSync(root, { recursive: true, force: true }));
+
+async function kvmIb(args: readonly string[], program = BUNDLE): ReturnType<typeof run> {
+  return run([process.execPath, program, ...args], { env: ENV });
+}
+
+async function report(args: readonly string[], program = BUNDLE): Promise<Report> {
+  const result = await kvmIb([...args, '--root', root, '--json'], program);
+  expect(result.stderr).toBe('');
+  expect(result.status).toBe(0);
+  return JSON.parse(result.stdout) as Report;
+}
+
+const at = (path: string): string => join(root, path);
+const signOf = ({ operations }: Report, path: string): string | undefined =>
+  operations.find((op) => op.path === path)?.sign;
+
+function everything(directory: string, prefix = ''): readonly string[] {
+  return readdirSync(directory, { withFileTypes: true }).flatMap((entry) => {
+    const path = `${prefix}/${entry.name}`;
+    return entry.isDirectory() ? [path, ...everything(join(directory, entry.name), path)] : [path];
+  });
+}
+
+function put(path: string, text: string, mode = 0o644): void {
+  mkdirSync(dirname(at(path)), { recursive: true });
+  writeFileSync(at(path), text);
+  chmodSync(at(path), mode);
+}
+
+describe('on a host, below another root', () => {
+  test('a dry run writes nothing, the first run makes all, the second finds nothing to do', async () => {
+    const plan = await report(['install', 'host', '--dry-run']);
+    expect(everything(root)).toEqual([]);
+    const first = await report(['install', 'host']);
+    expect(first.operations).toEqual(plan.operations);
+    for (const { path } of first.operations) expect(existsSync(at(path)), path).toBe(true);
+    const second = await report(['install', 'host']);
+    expect(second.changed).toBe(false);
+    expect(new Set(second.operations.map(({ sign }) => sign))).toEqual(new Set(['=']));
+  });
+
+  test('modes and owners are those that sudo, systemd and the driver want', async () => {
+    await report(['install', 'host']);
+    for (const [path, mode] of [
+      ['/etc/sudoers.d/kvm-ib', 0o440],
+      ['/usr/lib/kvm-ib/kvm-ib-engine', 0o755],
+      ['/usr/lib/kvm-ib/engine.mjs', 0o644],
+      ['/usr/lib/kvm-ib', 0o755],
+      ['/etc/kvm-ib/kvm-ib.yaml', 0o644],
+      ['/etc/systemd/system/kvm-ib.timer', 0o644],
+      ['/usr/share/man/man1/kvm-ib.1', 0o644],
+    ] as const) {
+      const stat = statSync(at(path));
+      expect([path, stat.mode & 0o7777, stat.uid, stat.gid]).toEqual([path, mode, 0, 0]);
+    }
+    expect(readFileSync(at('/usr/bin/kvm-ib')).equals(readFileSync(BUNDLE))).toBe(true);
+    expect(everything(root).filter((path) => /\.new$/.test(path))).toEqual([]);
+  });
+
+  test('the installed copy installs and uninstalls without the package that it came from', async () => {
+    await report(['install', 'host']);
+    const own = at('/usr/bin/kvm-ib');
+    expect((await report(['install', 'host'], own)).changed).toBe(false);
+    rmSync(at('/etc/sudoers.d/kvm-ib'));
+    expect(signOf(await report(['install', 'host'], own), '/etc/sudoers.d/kvm-ib')).toBe('+');
+    put('/var/lib/one/remotes/VERSION', '7.0.0\n');
+    await report(['install', 'front-end'], own);
+    expect(existsSync(at('/var/lib/one/remotes/vmm/kvm-ib/deploy'))).toBe(true);
+    await report(['uninstall', 'front-end'], own);
+    await report(['uninstall', 'host', '--purge'], own);
+    expect(everything(root).filter((path) => path.includes('kvm-ib'))).toEqual([]);
+  });
+
+  test('programs of ours are brought back, what an administrator changed is kept, an unchanged older file is replaced', async () => {
+    await report(['install', 'host']);
+    const [engine, sysctl, timer] = [
+      '/usr/lib/kvm-ib/engine.mjs',
+      '/etc/sysctl.d/60-kvm-ib.conf',
+      '/etc/systemd/system/kvm-ib.timer',
+    ];
+    writeFileSync(at(engine), 'broken');
+    writeFileSync(at(sysctl), 'net.ipv4.ip_forward = 1\n');
+    writeFileSync(at('/etc/kvm-ib/kvm-ib.yaml'), CONFIG);
+    // As an earlier version put it there: its digest stands in the record.
+    writeFileSync(at(timer), '[Timer]\nOnBootSec=1\n');
+    const record = JSON.parse(readFileSync(at('/usr/lib/kvm-ib/installed.json'), 'utf8')) as {
+      files: Record<string, string>;
+    };
+    const { createHash } = await import('node:crypto');
+    record.files[timer] = createHash('sha256').update('[Timer]\nOnBootSec=1\n').digest('hex');
+    writeFileSync(at('/usr/lib/kvm-ib/installed.json'), JSON.stringify(record));
+
+    const again = await report(['install', 'host']);
+    expect([engine, sysctl, timer, '/etc/kvm-ib/kvm-ib.yaml'].map((path) => signOf(again, path))).toEqual([
+      '~',
+      '!',
+      '~',
+      '=',
+    ]);
+    expect(readFileSync(at(engine)).equals(readFileSync(join(REPOSITORY, 'dist/engine.mjs')))).toBe(true);
+    expect(readFileSync(at(sysctl), 'utf8')).toBe('net.ipv4.ip_forward = 1\n');
+    expect(readFileSync(at('/etc/kvm-ib/kvm-ib.yaml'), 'utf8')).toBe(CONFIG);
+  });
+
+  test('uninstalling leaves the tree as it was, the configuration aside, and that too with --purge', async () => {
+    put('/etc/sysctl.d/99-site.conf', '');
+    const before = everything(root);
+    await report(['install', 'host']);
+    await report(['uninstall', 'host', '--dry-run']);
+    expect(existsSync(at('/usr/bin/kvm-ib'))).toBe(true);
+    await report(['uninstall', 'host']);
+    expect(everything(root).filter((path) => !before.includes(path))).toEqual([
+      '/etc/kvm-ib',
+      '/etc/kvm-ib/kvm-ib.yaml',
+    ]);
+    await report(['uninstall', 'host', '--purge']);
+    expect(everything(root)).toEqual(before);
+    expect((await report(['uninstall', 'host'])).operations).toEqual([]);
+  });
+
+  test('uninstalling is refused while a VM is mapped, and while a state file cannot be read', async () => {
+    await report(['install', 'host']);
+    const file = '/var/lib/kvm-ib/mappings/vm-42.json';
+    put(file, '{');
+    const broken = await kvmIb(['uninstall', 'host', '--root', root]);
+    expect([broken.status, broken.stderr]).toEqual([4, expect.stringContaining('vm-42.json')]);
+    const state = {
+      version: 1,
+      owner: { kind: 'vm', vm: 42 },
+      phase: { name: 'active' },
+      mappings: [],
+      previous: [],
+      updated: '',
+    };
+    put(file, JSON.stringify(state));
+    const mapped = await kvmIb(['uninstall', 'host', '--root', root]);
+    expect([mapped.status, mapped.stderr]).toEqual([4, expect.stringContaining('VMs are mapped: 42')]);
+    expect(existsSync(at('/usr/bin/kvm-ib'))).toBe(true);
+    rmSync(at(file));
+    await report(['uninstall', 'host', '--purge']);
+    expect(everything(root)).toEqual(['/var', '/var/lib']);
+  });
+
+  test('a given configuration is put in place once, and a broken one not at all', async () => {
+    put('/given.yaml', CONFIG);
+    put('/broken.yaml', 'networks: []\n');
+    const refused = await kvmIb(['install', 'host', '--root', root, '--config', at('/broken.yaml')]);
+    expect(refused.status).toBe(2);
+    expect(existsSync(at('/usr'))).toBe(false);
+    const first = await report(['install', 'host', '--config', at('/given.yaml')]);
+    expect(readFileSync(at('/etc/kvm-ib/kvm-ib.yaml'), 'utf8')).toBe(CONFIG);
+    expect(first.notes.map(({ title }) => title).join()).not.toContain('names no network');
+  });
+
+  test('NetworkManager is served where it is, with the bridges of the configuration', async () => {
+    mkdirSync(at('/etc/NetworkManager/dispatcher.d'), { recursive: true });
+    mkdirSync(at('/etc/selinux'));
+    writeFileSync(at('/etc/selinux/config'), '');
+    mkdirSync(at('/etc/firewalld'));
+    put('/etc/kvm-ib/kvm-ib.yaml', CONFIG);
+    const { notes } = await report(['install', 'host']);
+    expect(readFileSync(at('/etc/NetworkManager/conf.d/90-kvm-ib.conf'), 'utf8')).toMatch(
+      /^unmanaged-devices\+=interface-name:virbr1$/m,
+    );
+    expect(statSync(at('/etc/NetworkManager/dispatcher.d/50-kvm-ib')).mode & 0o7777).toBe(0o755);
+    const titles = notes.map(({ title }) => title).join('\n');
+    expect(titles).toMatch(/SELinux/);
+    expect(titles).toMatch(/firewalld/);
+    await report(['uninstall', 'host']);
+    expect(existsSync(at('/etc/NetworkManager/conf.d'))).toBe(false);
+    expect(existsSync(at('/etc/NetworkManager/dispatcher.d'))).toBe(true);
+  });
+
+  test('something else in the place of a file is a conflict, and nothing is written', async () => {
+    mkdirSync(at('/etc/sudoers.d/kvm-ib'), { recursive: true });
+    const result = await kvmIb(['install', 'host', '--root', root]);
+    expect([result.status, result.stderr]).toEqual([4, expect.stringContaining('/etc/sudoers.d/kvm-ib')]);
+    expect(existsSync(at('/usr'))).toBe(false);
+  });
+
+  test('the example names no network as it stands, and is right once its comment signs are taken away', async () => {
+    await report(['install', 'host']);
+    const path = at('/etc/kvm-ib/kvm-ib.yaml');
+    const example = readFileSync(path, 'utf8');
+    const check = async (): Promise<string> => {
+      const { stdout, stderr } = await kvmIb(['config', 'check', '--config', path, '--json']);
+      return stdout + stderr;
+    };
+    expect(await check()).toContain('bad-config');
+    writeFileSync(path, example.replace(/^#(?=\S| {2})/gm, ''));
+    const checked = JSON.parse(await check()) as { networks: readonly object[]; static: readonly object[] };
+    expect(checked).toMatchObject({
+      networks: [{ name: 'ib', bridge: 'virbr1', isolate: true }],
+      static: [{ guest: '192.168.122.6' }],
+    });
+  });
+
+  test('a drop-in that visudo refuses stops it before anything is written', async () => {
+    const [bundles, rules] = [join(root, 'package/dist'), join(root, 'package/rulesets')];
+    cpSync(join(REPOSITORY, 'rulesets'), rules, { recursive: true });
+    cpSync(join(REPOSITORY, 'drivers'), join(root, 'package/drivers'), { recursive: true });
+    mkdirSync(bundles);
+    copyBundles(bundles, ['kvm-ib.mjs', 'engine.mjs', 'parser.mjs']);
+    writeFileSync(join(rules, 'sudoers.d/kvm-ib'), 'oneadmin ALL=(root NOPASSWD: ALL\n');
+    mkdirSync(at('/target'));
+    const install = (): ReturnType<typeof run> =>
+      kvmIb(['install', 'host', '--root', at('/target')], join(bundles, 'kvm-ib.mjs'));
+    const refused = await install();
+    expect([refused.status, refused.stderr]).toEqual([1, expect.stringContaining('visudo refuses it')]);
+    expect(everything(at('/target'))).toEqual([]);
+    rmSync(rules, { recursive: true });
+    const incomplete = await install();
+    expect([incomplete.status, incomplete.stderr]).toEqual([
+      6,
+      expect.stringContaining('Cannot find the files to install'),
+    ]);
+  });
+
+  test('the running system is for root alone', async () => {
+    const nobody = ['/usr/bin/setpriv', '--reuid=65534', '--regid=65534', '--clear-groups'];
+    for (const args of [
+      ['install', 'host'],
+      ['uninstall', 'host'],
+      ['install', 'front-end'],
+      ['uninstall', 'front-end'],
+    ]) {
+      const result = await run([...nobody, process.execPath, BUNDLE, ...args], { env: ENV });
+      expect([args, result.status]).toEqual([args, 5]);
+    }
+  });
+});
+
+describe('the dispatcher script', () => {
+  const script = join(REPOSITORY, 'rulesets/networkmanager/50-kvm-ib');
+
+  async function dispatch(
+    link: string,
+    action: string,
+    config: string,
+    shell: readonly string[],
+    systemd = false,
+  ): Promise<string> {
+    put('/kvm-ib.yaml', config);
+    put('/bin/kvm-ib', `#!/bin/sh\necho "$@" >> ${at('/calls')}\n`, 0o755);
+    rmSync(at('/calls'), { force: true });
+    const text = readFileSync(script, 'utf8')
+      .replace('/etc/kvm-ib/kvm-ib.yaml\n\n', `${at('/kvm-ib.yaml')}\n\n`)
+      .replace('/usr/bin/kvm-ib', at('/bin/kvm-ib'))
+      .replace('systemctl ', `${at('/bin/kvm-ib')} systemctl `)
+      .replace('/run/systemd/system', at(systemd ? '/bin' : '/none'));
+    put('/dispatcher', `${text.replace(/ &$/m, '')}`, 0o755);
+    const result = await run([...shell, at('/dispatcher'), link, action], { env: ENV });
+    expect([result.status, result.stdout, result.stderr]).toEqual([0, '', '']);
+    return existsSync(at('/calls')) ? readFileSync(at('/calls'), 'utf8') : '';
+  }
+
+  const FLOW =
+    'networks: [{ name: ib, "device": "ib0.8001", bridge: virbr2, guests: 10.0.0.0/24, addresses: 10.1.0.0/24 }]\n';
+  test.each([['/usr/bin/dash'], ['/usr/bin/busybox sh']])('under %s reconciles for our links alone', async (words) => {
+    const shell = words.split(' ');
+    const ran = 'reconcile --quiet\n';
+    for (const [link, action, config, expected] of [
+      ['ib0', 'up', CONFIG, ran],
+      ['ib0', 'reapply', CONFIG, ran],
+      ['virbr1', 'up', CONFIG, ran],
+      ['ib0', 'down', CONFIG, ''],
+      ['ib1', 'up', CONFIG, ''],
+      ['ib', 'up', CONFIG, ''],
+      ['eth0', 'up', CONFIG, ''],
+      ['none', 'hostname', CONFIG, ''],
+      ['', 'connectivity-change', CONFIG, ''],
+      ['.*', 'up', CONFIG, ''],
+      ['ib0.8001', 'up', FLOW, ran],
+      ['virbr2', 'dhcp4-change', FLOW, ran],
+      ['ib0', 'up', FLOW, ''],
+    ] as const) {
+      expect([link, action, await dispatch(link, action, config, shell)]).toEqual([link, action, expected]);
+    }
+  });
+
+  test('leaves the work to the unit where systemd runs, and does not wait', async () => {
+    expect(await dispatch('ib0', 'up', CONFIG, ['/usr/bin/dash'], true)).toBe(
+      'systemctl --no-block reload-or-restart kvm-ib-reconcile.service\n',
+    );
+  });
+});
+
+describe('on a front-end, below another root', () => {
+  const remotes = '/var/lib/one/remotes';
+  const NOBODY = 65_534;
+
+  beforeEach(() => {
+    put(`${remotes}/VERSION`, '6.10.0\n');
+    put('/etc/passwd', `root:x:0:0::/root:/bin/sh\noneadmin:x:${NOBODY}:${NOBODY}::/var/lib/one:/bin/sh\n`);
+    for (const path of ['/var/lib/one', remotes, `${remotes}/VERSION`]) chownSync(at(path), NOBODY, NOBODY);
+    // The user works in it, so it must get there.
+    chmodSync(root, 0o755);
+  });
+
+  test('driver and probes belong to the user of OpenNebula, may be run, and are complete', async () => {
+    const result = await report(['install', 'front-end']);
+    const installed = everything(at(remotes)).map((path) => `${remotes}${path}`);
+    for (const path of installed) expect([path, lstatSync(at(path)).uid]).toEqual([path, NOBODY]);
+    const actions = readdirSync(join(REPOSITORY, 'drivers/vmm/kvm-ib')).filter((name) => !name.includes('.'));
+    expect(actions.length).toBeGreaterThan(20);
+    for (const path of [
+      ...actions.map((action) => `vmm/kvm-ib/${action}`),
+      'im/kvm-probes.d/host/system/kvm-ib.sh',
+      'im/kvm-probes.d/vm/monitor/kvm-ib.sh',
+    ]) {
+      expect([path, statSync(at(`${remotes}/${path}`)).mode & 0o7777]).toEqual([path, 0o755]);
+    }
+    const files = installed.filter((path) => lstatSync(at(path)).isFile() && !path.endsWith('VERSION'));
+    expect(result.synced).toEqual({
+      files: files.length,
+      bytes: files.reduce((sum, path) => sum + statSync(at(path)).size, 0),
+    });
+    expect((await report(['install', 'front-end'])).changed).toBe(false);
+  });
+
+  test('a launcher from there finds its parser and the stock script', async () => {
+    await report(['install', 'front-end']);
+    put(`${remotes}/vmm/kvm/reboot`, '#!/bin/sh\necho "stock $*"\n', 0o755);
+    const result = await run([at(`${remotes}/vmm/kvm-ib/reboot`), 'one-42', 'host', '42', 'host'], { env: ENV });
+    expect(result.stdout).toBe('stock one-42 host 42 host\n');
+    const parsed = await run([at(`${remotes}/vmm/kvm-ib/deploy`)], { env: ENV });
+    expect(parsed.status).not.toBe(0);
+    expect(parsed.stderr).toMatch(/^kvm-ib: /m);
+    expect(parsed.stderr).not.toContain('parser.mjs is neither');
+  });
+
+  test('a link that was planted there does not lead the writing of root elsewhere', async () => {
+    mkdirSync(at('/precious'));
+    mkdirSync(at(`${remotes}/vmm`));
+    chownSync(at(`${remotes}/vmm`), NOBODY, NOBODY);
+    symlinkSync(at('/precious'), at(`${remotes}/im`));
+    const inside = await kvmIb(['install', 'front-end', '--root', root]);
+    expect([inside.status, inside.stderr]).toEqual([4, expect.stringContaining('/im')]);
+    rmSync(at(remotes), { recursive: true });
+    symlinkSync(at('/precious'), at(remotes));
+    const above = await kvmIb(['install', 'front-end', '--root', root, '--one-version', '7.0']);
+    expect([above.status, above.stderr]).toEqual([5, expect.stringContaining('permission denied')]);
+    expect(everything(at('/precious'))).toEqual([]);
+  });
+
+  test('uninstalling leaves what was there before', async () => {
+    put(`${remotes}/im/kvm-probes.d/host/system/stock.sh`, '', 0o755);
+    for (const path of everything(at(remotes))) chownSync(at(`${remotes}${path}`), NOBODY, NOBODY);
+    const before = everything(root);
+    await report(['install', 'front-end']);
+    await report(['uninstall', 'front-end']);
+    expect(everything(root)).toEqual(before);
+  });
+
+  test('texts follow the installed version, what is in oned.conf already, and the configuration that is given', async () => {
+    put('/etc/one/oned.conf', 'VM_MAD = [\n  NAME = "kvm",\n  IMPORTED_VMS_ACTIONS = "terminate, resume"\n]\n');
+    put('/given.yaml', CONFIG.replace('name: ib', 'name: fast'));
+    const texts = async (...args: string[]): Promise<string> =>
+      (await report(['install', 'front-end', ...args])).notes.map(({ title, text }) => `${title}\n${text}`).join('\n');
+    const six = await texts('--config', at('/given.yaml'), '--mtu', '4092');
+    expect(six).toContain('IMPORTED_VMS_ACTIONS = "terminate, resume"');
+    expect(six).toContain('GUEST_MTU       = "4092"');
+    expect(six).toContain('NAME            = "fast-guests"');
+    expect(six).not.toContain('an example');
+    expect(await texts('--one-version', '7.0')).not.toContain('IMPORTED_VMS_ACTIONS');
+    put('/etc/one/oned.conf', 'VM_MAD = [\n  NAME = "kvm-ib",\n  TYPE = "kvm"\n]\n');
+    expect(await texts()).not.toContain('VM_MAD = [');
+    for (const wrong of [
+      ['--one-version', '5.12'],
+      ['--one-version', 'x'],
+      ['--mtu', '0'],
+      ['--mtu', '1e3'],
+    ]) {
+      expect((await kvmIb(['install', 'front-end', '--root', root, ...wrong])).status).not.toBe(0);
+    }
+  });
+});
+
+describe('on the running system', () => {
+  /** systemctl as far as the installer knows it; what it was told stands in /run/systemctl. */
+  const SYSTEMCTL = `#!/bin/sh
+echo "$*" >> /run/systemctl
+case "$*" in
+  *is-enabled* | *is-active*) [ -e /run/enabled ] ;;
+  enable*) : > /run/enabled ;;
+  disable*) rm -f /run/enabled ;;
+esac
+`;
+  /** onehost of a front-end with one host of each driver; fails unless /run/running says how many VMs run. */
+  const ONEHOST = `#!/bin/sh
+read -r running < /run/running || exit 255
+host() { echo "<HOST><NAME>$1</NAME><VM_MAD><![CDATA[$2]]></VM_MAD><HOST_SHARE><RUNNING_VMS>$3</RUNNING_VMS></HOST_SHARE></HOST>"; }
+echo '<HOST_POOL>'
+host other kvm 7
+host kvmib01 kvm-ib "$running"
+echo '</HOST_POOL>'
+`;
+  const SCRIPT = `
+given=$1
+for directory in etc usr var; do
+  mkdir -p $given/layer/$directory.upper $given/layer/$directory.work
+  mount -t overlay overlay -o lowerdir=/$directory,upperdir=$given/layer/$directory.upper,workdir=$given/layer/$directory.work /$directory
+done
+mount -t tmpfs tmpfs /run
+mkdir -p /run/systemd/system
+install -m 0755 $given/systemctl /usr/bin/systemctl
+echo 'oneadmin:x:9869:9869::/var/lib/one:/bin/sh' >> /etc/passwd
+echo 'oneadmin:x:9869:' >> /etc/group
+echo 'oneadmin:*:19000::::::' >> /etc/shadow
+install -d -o 9869 -g 9869 /var/lib/one /var/lib/one/remotes /var/lib/one/remotes/vmm /var/lib/one/remotes/vmm/kvm
+echo 7.0.0 > /var/lib/one/remotes/VERSION
+printf '#!/bin/sh\\ncat > /dev/null\\necho %s\\n' one-42 > /var/lib/one/remotes/vmm/kvm/deploy
+cp /var/lib/one/remotes/vmm/kvm/deploy /var/lib/one/remotes/vmm/kvm/cancel
+chmod 755 /var/lib/one/remotes/vmm/kvm/*
+ip link add ib0 mtu 2044 type veth peer name fabric
+ip link add virbr1 type bridge
+for link in fabric ib0 virbr1; do ip link set $link up; done
+ip address add 192.168.10.1/24 dev ib0
+ip address add 192.168.122.1/24 dev virbr1
+
+files() { (cd $given/layer && find . -path '*.work' -prune -o ! -type d -print | sort); }
+say() { echo "== $1"; }
+# KEY=status, and what it printed.
+try() { name=$1; shift; say "$name"; status=0; "$@" 2>&1 || status=$?; echo "status=$status"; }
+as() { runuser -u oneadmin -- "$@"; }
+
+files > $given/before
+try install $NODE $BUNDLE install host --config $given/kvm-ib.yaml
+try again kvm-ib install host
+try told cat /run/systemctl
+try sysctl cat /proc/sys/net/ipv4/ip_forward
+try sudo as sudo -n /usr/lib/kvm-ib/kvm-ib-engine < /dev/null
+try front-end kvm-ib install front-end
+try deploy as /var/lib/one/remotes/vmm/kvm-ib/deploy $given/datastores/42/deployment.0 host 42 host < $given/domain.xml
+try reconcile kvm-ib reconcile
+try alias ip -o -4 address show dev ib0
+try host-probe as /var/lib/one/remotes/im/kvm-probes.d/host/system/kvm-ib.sh kvm 3 kvmib01
+try vm-probe as /var/lib/one/remotes/im/kvm-probes.d/vm/monitor/kvm-ib.sh kvm 3 kvmib01
+try refused kvm-ib uninstall host
+try still-there kvm-ib list
+try cut-off kvm-ib remove --vm 42
+install -m 0755 $given/onehost /usr/bin/onehost
+echo 1 > /run/running
+try busy kvm-ib uninstall front-end
+rm /run/running
+try silent kvm-ib uninstall front-end
+echo 0 > /run/running
+try uninstall-front-end kvm-ib uninstall front-end
+rm /usr/bin/onehost
+rm -f /run/systemctl
+try uninstall kvm-ib uninstall host --purge
+try told-again cat /run/systemctl
+try tables nft list tables
+try nothing $NODE $BUNDLE uninstall host --purge
+try left sh -c "ls -d /var/lib/kvm-ib /run/kvm-ib /usr/lib/kvm-ib /etc/kvm-ib /usr/bin/kvm-ib 2> /dev/null"
+files > $given/after
+try difference diff $given/before $given/after
+`;
+
+  test('installed, the driver maps a VM through sudo, probes show it; uninstalled, nothing is left', async () => {
+    const vm = testVm(42);
+    chmodSync(root, 0o755);
+    put('/script', SCRIPT);
+    put('/systemctl', SYSTEMCTL);
+    put('/onehost', ONEHOST);
+    put('/kvm-ib.yaml', CONFIG);
+    put('/domain.xml', `${domainOf(vm)}\n`);
+    put('/datastores/42/vm.xml', `${vmXmlOf(vm)}\n`);
+    const result = await run([join(REPOSITORY, 'scripts/in-netns.sh'), 'sh', '-eu', at('/script'), root], {
+      env: { ...ENV, NODE: process.execPath, BUNDLE },
+      limit: 60_000,
+    });
+    expect([result.status, result.stderr], result.stdout).toEqual([0, '']);
+    const said: Record<string, string> = {};
+    for (const part of result.stdout.split(/^== /m).slice(1)) {
+      const [name = '', ...lines] = part.trimEnd().split('\n');
+      said[name] = lines.join('\n');
+    }
+    const of = (name: string): string => said[name] ?? '';
+    const done = (name: string): void => expect(`${name}: ${of(name)}`).toMatch(/status=0$/);
+
+    done('install');
+    expect(of('install')).toContain('+ file /etc/sudoers.d/kvm-ib (0440, root');
+    done('again');
+    expect(of('again')).toMatch(/^Nothing to change\.$/m);
+    expect(
+      of('told')
+        .split('\n')
+        .filter((line) => !line.startsWith('--quiet')),
+    ).toEqual(['daemon-reload', 'enable --now kvm-ib-reconcile.service kvm-ib.timer', 'status=0']);
+    expect(of('sysctl')).toBe('1\nstatus=0');
+    expect(of('sudo')).toBe('status=0');
+    done('front-end');
+    expect(of('front-end')).toMatch(/`onehost sync` copies [0-9]+ kB in [0-9]+ files more to each host/);
+    expect(of('deploy')).toBe('one-42\nstatus=0');
+    done('reconcile');
+    expect(of('alias')).toContain('192.168.10.202/32');
+    expect(of('host-probe')).toMatch(
+      /^KVM_IB_STATUS="OK"\nKVM_IB_DRIFT="0"\nKVM_IB_CONFIG="[0-9a-f]{16}"\nKVM_IB_RULESET="[0-9a-f]{8}"\n/,
+    );
+    const monitor = /^VM = \[ ID="42", MONITOR="([^"]*)" \]\nstatus=0$/.exec(of('vm-probe'))?.[1] ?? '';
+    expect(Buffer.from(monitor, 'base64').toString()).toBe(
+      'KVM_IB_STATE="OK"\nKVM_IB_DRIFT="0"\nKVM_IB_ADDRESSES="192.168.10.202"\n',
+    );
+    expect(of('refused')).toMatch(/VMs are mapped: 42[\s\S]*status=4$/);
+    expect(of('still-there')).toContain('192.168.10.202');
+    expect(of('busy')).toMatch(/VMs run on hosts of this driver: kvmib01\n[\s\S]*status=4$/);
+    expect(of('silent')).toMatch(/does not say which hosts use it[\s\S]*status=4$/);
+    for (const name of ['cut-off', 'uninstall-front-end', 'uninstall']) done(name);
+    expect(of('told-again')).toBe('disable --now kvm-ib.timer kvm-ib-reconcile.service\ndaemon-reload\nstatus=0');
+    expect(of('tables')).toBe('status=0');
+    expect(of('nothing')).toBe('Nothing to change.\nstatus=0');
+    expect(of('left')).toBe('status=2');
+    expect(of('difference')).toBe('status=0');
+  });
+});

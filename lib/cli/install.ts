@@ -311,7 +311,7 @@ async function takeDown(shell: Shell, target: Target): Promise<void> {
       fix: `correct ${CONFIG_FILE}, then uninstall again`,
     });
   }
-  requireRights('uninstall host');
+  requireRights('Cannot run kvm-ib uninstall host', 'run it as root: sudo kvm-ib uninstall host');
   const { warnings } = await teardown(await createHost(FIXED_PATHS, config), {});
   shell.warn(warnings);
 }

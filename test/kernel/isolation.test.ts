@@ -106,7 +106,8 @@ describe.each([0, 1])('an isolated network, with bridge-nf-call-iptables %i', (b
       }
       await lab.reach('icmp', 'g12', `${GUEST}.1`);
     });
-    expect(dropped).toBe(6);
+    // All six; and what a client of an earlier test, which was to get no answer, still sends again on a slow machine.
+    expect(dropped).toBeGreaterThanOrEqual(6);
   });
 
   test('packets that belong to no connection never leave with the guest address', async () => {

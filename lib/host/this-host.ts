@@ -14,7 +14,7 @@ import { createLinks } from './links.ts';
 import { withLock } from './lock.ts';
 import { createElementReader } from './nf-tables-read.ts';
 import type { Paths } from './paths.ts';
-import { isAlive } from './process.ts';
+import { bootId, isAlive } from './process.ts';
 import { createStore } from './store.ts';
 
 /** Longer than 15 actions at once and a reconcile of ten thousand mappings need. */
@@ -31,7 +31,7 @@ export async function createHost(paths: Paths, config: Config = readConfig(paths
     announcer: createAnnouncer(links),
     store,
     domains: createDomains(exec),
-    processes: { isAlive },
+    processes: { isAlive, bootId },
     withLock: (who, act) => withLock(store.lockPath, { timeoutMs: paths.lockTimeoutMs ?? LOCK_TIMEOUT_MS, who }, act),
     now: () => new Date().toISOString(),
   };

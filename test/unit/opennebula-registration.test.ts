@@ -121,6 +121,9 @@ GUEST_MTU       = "4092"
 AR = [ TYPE = "IP4", IP = "192.168.122.2", SIZE = "5" ]
 `);
     expect(addressNetworkTemplate(NETWORK)).toContain('AR = [ TYPE = "IP4", IP = "192.168.10.202", SIZE = "5" ]');
-    expect(nicExample(NETWORK)).toContain('NETWORK = "ib-addresses", EXTERNAL = "YES"');
+    expect(addressNetworkTemplate(NETWORK)).toMatch(/^EXTERNAL = "YES"$/m);
+    expect(nicExample(NETWORK, seven)).toContain('NETWORK = "ib-addresses", EXTERNAL = "YES"');
+    // There it is inherited from the virtual network, and users may not write it.
+    expect(nicExample(NETWORK, parseOneVersion('6.0.0'))).not.toContain('EXTERNAL');
   });
 });

@@ -278,9 +278,15 @@ async function libvirtPlan(target: Target, options: HostOptions, config: Config 
 
 async function seenNetworks(): Promise<readonly SeenNetwork[] | null> {
   const dumps = await libvirtNetworks();
-  return dumps === null
-    ? null
-    : dumps.map(({ xml, active, autostart }) => ({ ...parseNetwork(xml), active, autostart }));
+  if (dumps === null) return null;
+  return dumps.flatMap(({ xml, active, autostart }) => {
+    try {
+      return [{ ...parseNetwork(xml), active, autostart }];
+    } catch {
+      // Not understood: should it be the one with our bridge, libvirt refuses a second one and says so.
+      return [];
+    }
+  });
 }
 
 function configOf(file: string | undefined): { readonly config: Config | null; readonly problem: string | null } {

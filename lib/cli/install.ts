@@ -205,7 +205,8 @@ async function installHost(shell: Shell, options: HostOptions): Promise<void> {
     const networks = [...new Set([...record.networks, ...defined])].sort();
     target.writeRecord(HOST_RECORD, { ...recorded, networks });
   }
-  show(shell, options, { operations, steps, results, notes: hostNotes(facts) });
+  const next = facts.live && facts.config !== null ? 'Next: `kvm-ib config check`, then `kvm-ib status`.' : undefined;
+  show(shell, options, { operations, steps, results, notes: hostNotes(facts), next });
 }
 
 function networkFile(name: string): string {
@@ -557,10 +558,12 @@ interface Outcome {
   readonly results: readonly StepResult[];
   readonly notes: readonly Note[];
   readonly synced?: { readonly files: number; readonly bytes: number };
+  /** What to type once something was installed. */
+  readonly next?: string | undefined;
 }
 
 function show(shell: Shell, options: Options, outcome: Outcome): void {
-  const { operations, steps, results, notes, synced } = outcome;
+  const { operations, steps, results, notes, synced, next } = outcome;
   const failed = results.filter((result) => !result.ok);
   if (failed.length > 0) shell.exit(EXIT.hostLacks);
   const dryRun = options.dryRun ?? false;
@@ -579,11 +582,14 @@ function show(shell: Shell, options: Options, outcome: Outcome): void {
   }
   for (const operation of condense(operations)) shell.out(line(operation, shell.colour));
   for (const { argv } of steps) shell.out(`$ ${argv.join(' ')}\n`);
+  if (dryRun && changes.length > 0)
+    shell.out('(+ is made, ~ replaced, - removed, ! kept, = as it should be, $ is run)\n');
   if (dryRun)
     shell.out(changes.length + steps.length === 0 ? 'Nothing would change.\n' : 'Nothing was changed (--dry-run).\n');
   else if (changes.length + steps.length === 0) shell.out('Nothing to change.\n');
   if (synced !== undefined) shell.out(`\`onehost sync\` copies ${describeSize(synced)} more to each host.\n`);
   for (const { title, text } of notes) shell.out(`\n${title}${/[.:]$/.test(title) ? '' : ':'}\n${indent(text)}\n`);
+  if (next !== undefined && !dryRun && changes.length + steps.length > 0) shell.out(`\n${next}\n`);
   shell.warn(failed.map(({ argv, what, said }) => `${what}: \`${argv.join(' ')}\` failed: ${said}`));
 }
 

@@ -12,7 +12,7 @@ import type { Holder } from '../core/state.ts';
 import { createLineReader } from '../host/lines.ts';
 import { FIXED_PATHS, pathsFrom } from '../host/paths.ts';
 import { bootId } from '../host/process.ts';
-import { createHost, requireRights } from '../host/this-host.ts';
+import { createHost, repeatAnnouncements, requireRights } from '../host/this-host.ts';
 import type { Host } from '../ops/host.ts';
 import type { SyncResult } from '../ops/sync.ts';
 import { commit, sync, undo } from '../ops/sync.ts';
@@ -24,7 +24,7 @@ const REQUEST_TIMEOUT_MS = 30_000;
 // A change that has begun is finished or undone: a hang-up of the ssh session must not cut it in half.
 for (const signal of ['SIGHUP', 'SIGINT', 'SIGTERM', 'SIGPIPE'] as const) process.on(signal, () => undefined);
 
-process.exit(await main());
+process.exit((await repeatAnnouncements(process.argv)) ? 0 : await main());
 
 async function main(): Promise<number> {
   try {
@@ -43,7 +43,8 @@ async function serve(): Promise<number> {
   if (line === undefined) return 0;
   const request = parseSyncMessage(line);
   requireRights('Cannot map a VM', 'let sudo start the engine as root: see rulesets/sudoers.d/kvm-ib');
-  const host = await createHost(process.env['SUDO_UID'] === undefined ? pathsFrom(process.env) : FIXED_PATHS);
+  const paths = process.env['SUDO_UID'] === undefined ? pathsFrom(process.env) : FIXED_PATHS;
+  const host = await createHost(paths, undefined, import.meta.url);
   const owner: Owner = { kind: 'vm', vm: request.vm };
   const holder = identify(host, request);
   const wish = request.nics.map((nic) =>

@@ -16,6 +16,8 @@ import { apply, reversalFailed } from './apply.ts';
 import type { Host } from './host.ts';
 import { domainName } from './host.ts';
 import { observedPairs, observeMappings, ownAddressInRange, pairOf, refuseMissingLinks, tableSpec } from './observe.ts';
+import type { Probing } from './probe.ts';
+import { createProbing, takenBy } from './probe.ts';
 
 export interface SyncRequest {
   readonly owner: Owner;
@@ -28,6 +30,8 @@ export interface SyncRequest {
   /** True: the file stays pending until `commit` or `undo`. */
   readonly pending?: boolean;
   readonly dryRun?: boolean;
+  /** Hardware addresses of hosts that may still have the addresses, as `ip link` writes them. */
+  readonly except?: readonly string[];
 }
 
 export interface SyncResult {
@@ -38,9 +42,29 @@ export interface SyncResult {
   readonly warnings: readonly string[];
 }
 
+/** Milliseconds. */
+export interface Timings {
+  /** Spent waiting for other hosts to answer; 0: nothing was probed. */
+  readonly probe: number;
+  /** Of all of it, the probe and the wait for the lock included. */
+  readonly total: number;
+}
+
 /** @throws KvmIbError; the kernel and the files are then as they were before, except with `reversal-failed` */
-export function sync(host: Host, request: SyncRequest): Promise<SyncResult> {
-  return host.withLock(`${request.action} ${ownerName(request.owner)}`, () => syncLocked(host, request));
+export async function sync(host: Host, request: SyncRequest): Promise<SyncResult & { readonly timings: Timings }> {
+  const began = performance.now();
+  const probing = createProbing(host, request.except);
+  await probeAhead(host, request.wish, probing);
+  const who = `${request.action} ${ownerName(request.owner)}`;
+  const result = await host.withLock(who, () => syncLocked(host, request, probing));
+  return { ...result, timings: { probe: probing.spent(), total: performance.now() - began } };
+}
+
+/** Without the lock, so that actions at once do not wait for each other's probes. What is local already is not asked for. */
+async function probeAhead(host: Host, wish: readonly Mapping[], probing: Probing): Promise<void> {
+  const absent: Mapping[] = [];
+  for (const mapping of wish) if (!(await host.links.isLocal(mapping.address))) absent.push(mapping);
+  await probing.ask(absent);
 }
 
 /**
@@ -105,7 +129,11 @@ function nothing(owner: Owner): SyncResult {
 }
 
 /** sync for a caller that holds the lock. */
-async function syncLocked(host: Host, request: SyncRequest): Promise<SyncResult> {
+async function syncLocked(
+  host: Host,
+  request: SyncRequest,
+  probing: Probing = createProbing(host, request.except),
+): Promise<SyncResult> {
   const { owner, wish } = request;
   requireDistinct(wish);
   const prior = host.store.read(owner);
@@ -125,8 +153,11 @@ async function syncLocked(host: Host, request: SyncRequest): Promise<SyncResult>
   const release = [...before.filter((old) => !wish.some((m) => sameMapping(m, old))), ...stale];
   const observed = await observeMappings(host, wish, release, trusted);
   const changes = plan({ want: wish, release }, observed);
+  const taken = takenBy(changes);
+  await probing.ask(taken);
+  probing.refuse(taken);
   const result = { owner: ownerName(owner), changes };
-  if (request.dryRun) return { ...result, flushed: 0, warnings };
+  if (request.dryRun) return { ...result, flushed: 0, warnings: [...warnings, ...probing.warnings(new Set())] };
   if (isDone(request, prior, changes) && rivals.length === 0) return { ...result, flushed: 0, warnings };
 
   // Where this goes is written before the kernel is touched. The owner's file comes last, since it takes over the claims.
@@ -142,7 +173,8 @@ async function syncLocked(host: Host, request: SyncRequest): Promise<SyncResult>
       if (wish.length === 0) host.store.remove(owner);
       else if (!request.pending) host.store.write(stateFile(host, owner, { name: 'active' }, wish));
     });
-    return { ...result, flushed: applied.flushed, warnings: [...warnings, ...applied.warnings] };
+    const unprobed = probing.warnings(applied.unannounced);
+    return { ...result, flushed: applied.flushed, warnings: [...warnings, ...unprobed, ...applied.warnings] };
   } catch (error) {
     const half = error instanceof KvmIbError && error.code === 'reversal-failed';
     throw putBack(host, half ? intents.map((file) => ({ owner: file.owner, file })) : originals, error);

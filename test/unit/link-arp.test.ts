@@ -16,6 +16,7 @@ const ethernet: Link = {
   address: bytes('02:00:c0:a8:0a:ca'),
   broadcast: bytes('ff:ff:ff:ff:ff:ff'),
   master: null,
+  carrierChanges: 2,
 };
 const fixture = JSON.parse(readFileSync(new URL('../fixtures/link/ipoib.json', import.meta.url), 'utf8'));
 const ipoib: Link = {

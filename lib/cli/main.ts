@@ -311,7 +311,7 @@ function showSync(result: TimedResult, action: string, wish: readonly Mapping[],
     return;
   }
   showChanges(result.changes, options);
-  if (action !== 'add' || (result.changes.length === 0 && probe === 0)) return;
+  if (action !== 'add' || options.dryRun || result.changes.length === 0) return;
   out(`Took ${total - probe} ms${probe === 0 ? ', without a probe' : `, and ${probe} ms for the probe`}.\n`);
 }
 

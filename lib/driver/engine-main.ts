@@ -21,10 +21,12 @@ import { LINE_LIMIT, PROTOCOL_VERSION, parseSyncMessage, parseVerdict } from './
 
 const REQUEST_TIMEOUT_MS = 30_000;
 
+if (await repeatAnnouncements(process.argv)) process.exit(0);
+
 // A change that has begun is finished or undone: a hang-up of the ssh session must not cut it in half.
 for (const signal of ['SIGHUP', 'SIGINT', 'SIGTERM', 'SIGPIPE'] as const) process.on(signal, () => undefined);
 
-process.exit((await repeatAnnouncements(process.argv)) ? 0 : await main());
+process.exit(await main());
 
 async function main(): Promise<number> {
   try {

@@ -5,6 +5,7 @@
  */
 import { spawn } from 'node:child_process';
 import { closeSync, fstatSync, readFileSync } from 'node:fs';
+import { constants, setPriority } from 'node:os';
 import { basename } from 'node:path';
 import { fileURLToPath } from 'node:url';
 import { tryParseIpv4, tryParseLinkName } from '../core/address.ts';
@@ -41,11 +42,22 @@ export async function startRepeats(program: string, items: readonly RepeatItem[]
     });
     child.unref();
     await new Promise((resolve, reject) => child.once('spawn', resolve).once('error', reject));
+    lowerPriority(child.pid);
     return undefined;
   } catch (error) {
     return printable(error instanceof Error ? error.message : String(error));
   } finally {
     if (input !== undefined) closeSync(input);
+  }
+}
+
+/** Lets every other process go first: many actions at once start as many of these. */
+function lowerPriority(pid: number | undefined): void {
+  if (pid === undefined) return;
+  try {
+    setPriority(pid, constants.priority.PRIORITY_LOW);
+  } catch {
+    // It ended already, or the host does not let us: it runs as any other does.
   }
 }
 

@@ -2,7 +2,7 @@
 import { afterEach, beforeEach, describe, expect, it, vi } from 'vitest';
 import type { Ipv4 } from '../../lib/core/address.ts';
 import type { Mapping } from '../../lib/core/mapping.ts';
-import { pathsFrom } from '../../lib/host/paths.ts';
+import { FIXED_PATHS, pathsFrom } from '../../lib/host/paths.ts';
 import { status } from '../../lib/ops/inspect.ts';
 import { reconcile } from '../../lib/ops/reconcile.ts';
 import { sync, undo } from '../../lib/ops/sync.ts';
@@ -203,4 +203,5 @@ it('the window may be set for the command line of root, as its paths may', () =>
   expect(pathsFrom({ KVM_IB_PROBE_MS: '20' }).probeMs).toBe(20);
   expect(pathsFrom({ KVM_IB_PROBE_MS: 'soon' }).probeMs).toBeUndefined();
   expect(pathsFrom({}).probeMs).toBeUndefined();
+  expect(FIXED_PATHS).not.toHaveProperty('probeMs');
 });

@@ -12,5 +12,5 @@ export { announce } from './ops/announce.ts';
 export type { Host, Store } from './ops/host.ts';
 export { list, status } from './ops/inspect.ts';
 export { reconcile } from './ops/reconcile.ts';
-export { commit, sync, undo } from './ops/sync.ts';
+export { sync } from './ops/sync.ts';
 export { teardown } from './ops/teardown.ts';

@@ -44,6 +44,8 @@ export interface Mapping {
   readonly nic: number | null;
   /** Label of the alias on the device, at most 15 characters. */
   readonly label: string;
+  /** True: the IB address was leased or asked for; false: it came by its place in the range. Files of older versions do not say. */
+  readonly named?: boolean | undefined;
 }
 
 /** Who wants the mappings of one state file. */
@@ -55,6 +57,11 @@ export type Owner =
 /** The name of an owner: the name of its state file, and what messages call it. */
 export function ownerName(owner: Owner): string {
   return owner.kind === 'vm' ? `vm-${owner.vm}` : `${owner.kind}-${owner.guest}`;
+}
+
+/** The libvirt name that OpenNebula gives a VM's domain. */
+export function domainName(vm: number): string {
+  return `one-${vm}`;
 }
 
 /** IFNAMSIZ - 1: the kernel refuses a longer IFA_LABEL with ERANGE. */

@@ -24,8 +24,18 @@ export interface Holder {
  * removing: it is to go; the file is deleted last.
  */
 export type Phase =
-  | { readonly name: 'pending'; readonly action: string; readonly holder: Holder }
-  | { readonly name: 'active' }
+  | {
+      readonly name: 'pending';
+      readonly action: string;
+      readonly holder: Holder;
+      /** A shutdown or cancel came in between: whether the domain is there decides at the action's end. */
+      readonly overtaken?: boolean | undefined;
+    }
+  | {
+      readonly name: 'active';
+      /** The boot in which its domain was last known to be active; absent in files of older versions. */
+      readonly bootId?: string | undefined;
+    }
   | { readonly name: 'removing' };
 
 export interface StateFile {
@@ -38,6 +48,8 @@ export interface StateFile {
   readonly previous: readonly Mapping[];
   /** While pending: what an earlier action that did not end may have left in the kernel; never gone back to. */
   readonly leftovers: readonly Mapping[];
+  /** NIC numbers of aliases that were detached. OpenNebula never gives a number again, so none of them comes back. */
+  readonly detachedAliases: readonly number[];
   /** ISO 8601, UTC. */
   readonly updated: string;
 }
@@ -66,6 +78,7 @@ const mappingSchema = v.object({
   vm: v.nullable(id),
   nic: v.nullable(id),
   label: v.pipe(v.string(), v.regex(/^[A-Za-z0-9._:-]{1,15}$/)),
+  named: v.optional(v.boolean()),
 });
 const stateSchema = v.object({
   version: v.literal(STATE_VERSION),
@@ -79,13 +92,15 @@ const stateSchema = v.object({
       name: v.literal('pending'),
       action: v.string(),
       holder: v.object({ pid: id, start: v.number(), bootId: v.string() }),
+      overtaken: v.optional(v.boolean()),
     }),
-    v.object({ name: v.literal('active') }),
+    v.object({ name: v.literal('active'), bootId: v.optional(v.string()) }),
     v.object({ name: v.literal('removing') }),
   ]),
   mappings: v.array(mappingSchema),
   previous: v.array(mappingSchema),
   leftovers: v.optional(v.array(mappingSchema), []),
+  detachedAliases: v.optional(v.array(id), []),
   updated: v.string(),
 });
 
@@ -115,11 +130,71 @@ export type Verdict =
  * @param holderAlive whether the process of a pending file still lives
  * @param domainActive whether the VM's domain is among libvirt's active ones (paused counts); undefined: libvirt did
  *   not answer, so nothing may be concluded from its silence
+ * @param bootId the boot that runs
  */
-export function verdictOf(file: StateFile, holderAlive: boolean, domainActive: boolean | undefined): Verdict {
+export function verdictOf(
+  file: StateFile,
+  holderAlive: boolean,
+  domainActive: boolean | undefined,
+  bootId: string,
+): Verdict {
   if (file.phase.name === 'removing') return 'release';
   if (file.phase.name === 'pending' && holderAlive) return 'leave';
   if (file.owner.kind !== 'vm') return 'keep';
-  if (domainActive === undefined) return file.phase.name === 'active' ? 'keep' : 'leave';
+  if (domainActive === undefined) return file.phase.name === 'active' && isOfBoot(file, bootId) ? 'keep' : 'leave';
   return domainActive ? 'keep' : 'release';
+}
+
+/**
+ * False for a VM that was last seen in another boot of this host: its domain ended with that boot, and may run elsewhere
+ * by now. A file of an older version does not say, and counts as one of this boot.
+ */
+export function isOfBoot(file: StateFile, bootId: string): boolean {
+  if (file.owner.kind !== 'vm' || file.phase.name === 'removing') return true;
+  const seen = file.phase.name === 'pending' ? file.phase.holder.bootId : file.phase.bootId;
+  return seen === undefined || seen === bootId;
+}
+
+/** What libvirt says of a VM's domain. */
+export type DomainState =
+  /** libvirt does not answer. */
+  | { readonly kind: 'unknown' }
+  | { readonly kind: 'inactive' }
+  /** Running or paused. `macs` are the hardware addresses of its interfaces; undefined: it did not say. */
+  | { readonly kind: 'active'; readonly macs: ReadonlySet<Mac> | undefined };
+
+/** What a VM should have, as OpenNebula describes it. */
+export interface VmWish {
+  readonly mappings: readonly Mapping[];
+  /** NICs that OpenNebula knows and that are to have no mapping. */
+  readonly unmapped: readonly number[];
+  /** NICs that this very action plugs in: the domain does not have them yet. */
+  readonly attaching: readonly number[];
+}
+
+/**
+ * What the wish comes to for the domain as it is. Where OpenNebula and libvirt disagree (a step of an attach or detach
+ * failed), libvirt is right: a NIC that the domain lacks gets nothing, and one that it has keeps what it had, although
+ * OpenNebula has forgotten it.
+ * @param held mappings that the VM has had
+ * @param macs hardware addresses of the domain's interfaces; undefined: not known, so the wish stands
+ */
+export function wishOfDomain(
+  wish: VmWish,
+  held: readonly Mapping[],
+  macs: ReadonlySet<Mac> | undefined,
+): readonly Mapping[] {
+  if (macs === undefined) return wish.mappings;
+  const plugged = (m: Mapping): boolean => m.mac === null || macs.has(m.mac);
+  const coming = (m: Mapping): boolean => m.nic !== null && wish.attaching.includes(m.nic);
+  const kept = wish.mappings.filter((m) => plugged(m) || coming(m));
+  const known = new Set<number | null>([...wish.mappings.map((m) => m.nic), ...wish.unmapped]);
+  const forgotten: Mapping[] = [];
+  for (const m of held) {
+    const taken = [...kept, ...forgotten].some(
+      (k) => k.nic === m.nic || k.mac === m.mac || k.guest === m.guest || k.address === m.address,
+    );
+    if (m.mac !== null && macs.has(m.mac) && !known.has(m.nic) && !taken) forgotten.push(m);
+  }
+  return [...kept, ...forgotten];
 }

@@ -6,10 +6,9 @@ import { dirname, join } from 'node:path';
 import { fileURLToPath } from 'node:url';
 import type { ErrorCode } from '../core/errors.ts';
 import { KvmIbError, printable } from '../core/errors.ts';
-import type { Mapping } from '../core/mapping.ts';
 import { createLineReader } from '../host/lines.ts';
 import { ownIdentity } from '../host/process.ts';
-import type { Answer, SyncMessage } from './protocol.ts';
+import type { Answer, Mode, NicMessage, SettleMessage, SyncMessage } from './protocol.ts';
 import { PROTOCOL_VERSION, parseAnswer } from './protocol.ts';
 
 const SUDO = '/usr/bin/sudo';
@@ -19,9 +18,22 @@ const ANSWER_LIMIT = 8 * 1024 * 1024;
 /** The engine waits up to a minute for the host lock. */
 const ANSWER_TIMEOUT_MS = 120_000;
 
+/** What a VM should have, as the parser sends it. */
+export interface WishMessage {
+  readonly nics: readonly NicMessage[];
+  readonly unmapped: readonly number[];
+  readonly keep: readonly number[];
+  readonly attaching: readonly number[];
+  readonly detachedAliases: readonly number[];
+}
+
+export const NO_WISH: WishMessage = { nics: [], unmapped: [], keep: [], attaching: [], detachedAliases: [] };
+
 export interface Engine {
-  /** @throws KvmIbError what the engine said, or why it could not be asked */
-  sync(vm: number, action: string, mappings: readonly Mapping[], pending: boolean): Promise<readonly string[]>;
+  /** @returns warnings. @throws KvmIbError what the engine said, or why it could not be asked */
+  sync(vm: number, action: string, mode: Mode, wish: WishMessage): Promise<readonly string[]>;
+  /** Releases the VM if its domain is not active. @returns warnings */
+  settle(vm: number): Promise<readonly string[]>;
   /** The verdict on a pending sync. @returns warnings */
   verdict(verdict: 'commit' | 'undo'): Promise<readonly string[]>;
   /** Ends it; a pending sync without a verdict is then left to reconcile. */
@@ -55,20 +67,14 @@ export function startEngine(): Engine {
     return answer.warnings;
   };
   return {
-    sync(vm, action, mappings, pending) {
+    sync(vm, action, mode, wish) {
       const { pid, start } = ownIdentity();
-      const message: SyncMessage = {
-        version: PROTOCOL_VERSION,
-        verb: 'sync',
-        vm,
-        action,
-        pending,
-        holder: { pid, start },
-        nics: mappings.map((m) => {
-          if (m.mac === null || m.nic === null) throw new TypeError('a VM has mappings with NIC and MAC only');
-          return { nic: m.nic, guest: m.guest, address: m.address, mac: m.mac, bridge: m.bridge };
-        }),
-      };
+      const holder = { pid, start };
+      const message: SyncMessage = { version: PROTOCOL_VERSION, verb: 'sync', vm, action, mode, holder, ...wish };
+      return ask(message);
+    },
+    settle(vm) {
+      const message: SettleMessage = { version: PROTOCOL_VERSION, verb: 'settle', vm };
       return ask(message);
     },
     verdict: (verdict) => ask({ verb: verdict }),

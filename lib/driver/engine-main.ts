@@ -1,23 +1,24 @@
 /**
  * The engine: the only part of the driver that has rights. It reads one small request, brings the host to it, answers,
- * and where the request is pending waits for the verdict on the stock script. Started by sudo without arguments; its paths
- * are then fixed.
+ * and where the outcome depends on the stock script waits for the verdict on it. Started by sudo without arguments; its
+ * paths are then fixed.
  */
 import { writeSync } from 'node:fs';
 import { resolveMapping } from '../core/config.ts';
 import { errorReport, KvmIbError, toKvmIbError } from '../core/errors.ts';
-import type { Owner } from '../core/mapping.ts';
+import type { Mapping } from '../core/mapping.ts';
 import { describe } from '../core/plan.ts';
 import type { Holder } from '../core/state.ts';
 import { createLineReader } from '../host/lines.ts';
 import { FIXED_PATHS, pathsFrom } from '../host/paths.ts';
-import { bootId } from '../host/process.ts';
+import { bootId, ownIdentity } from '../host/process.ts';
 import { createHost, repeatAnnouncements, requireRights } from '../host/this-host.ts';
+import type { ActionRequest } from '../ops/actions.ts';
+import { check, commit, finish, follow, mark, prepare, release, settle, start, undo } from '../ops/actions.ts';
 import type { Host } from '../ops/host.ts';
 import type { SyncResult } from '../ops/sync.ts';
-import { commit, sync, undo } from '../ops/sync.ts';
-import type { SyncMessage } from './protocol.ts';
-import { LINE_LIMIT, PROTOCOL_VERSION, parseSyncMessage, parseVerdict } from './protocol.ts';
+import type { Mode, SyncMessage } from './protocol.ts';
+import { awaitsVerdict, LINE_LIMIT, PROTOCOL_VERSION, parseMessage, parseVerdict, versionOf } from './protocol.ts';
 
 const REQUEST_TIMEOUT_MS = 30_000;
 
@@ -26,6 +27,7 @@ if (await repeatAnnouncements(process.argv)) process.exit(0);
 // A change that has begun is finished or undone: a hang-up of the ssh session must not cut it in half.
 for (const signal of ['SIGHUP', 'SIGINT', 'SIGTERM', 'SIGPIPE'] as const) process.on(signal, () => undefined);
 
+let version = PROTOCOL_VERSION;
 process.exit(await main());
 
 async function main(): Promise<number> {
@@ -33,7 +35,7 @@ async function main(): Promise<number> {
     return await serve();
   } catch (cause) {
     const error = toKvmIbError(cause, 'Cannot serve the request');
-    answer({ version: PROTOCOL_VERSION, ok: false, error: errorReport(error) });
+    answer({ version, ok: false, error: errorReport(error) });
     return error.exit;
   }
 }
@@ -43,25 +45,77 @@ async function serve(): Promise<number> {
   const line = await lines.next(REQUEST_TIMEOUT_MS);
   // Started ahead of need and not needed: nothing was read or changed.
   if (line === undefined) return 0;
-  const request = parseSyncMessage(line);
+  version = versionOf(line);
+  const message = parseMessage(line);
   requireRights('Cannot map a VM', 'let sudo start the engine as root: see rulesets/sudoers.d/kvm-ib');
   const paths = process.env['SUDO_UID'] === undefined ? pathsFrom(process.env) : FIXED_PATHS;
   const host = await createHost(paths, undefined, import.meta.url);
-  const owner: Owner = { kind: 'vm', vm: request.vm };
-  const holder = identify(host, request);
-  const wish = request.nics.map((nic) =>
-    resolveMapping(host.config, { ...nic, address: nic.address ?? undefined, vm: request.vm }),
-  );
-  accept(await sync(host, { owner, wish, action: request.action, holder, pending: request.pending }));
-  if (!request.pending) return 0;
+  if (message.verb === 'settle') {
+    accept(await settle(host, { kind: 'vm', vm: message.vm }, ownIdentity()));
+    return 0;
+  }
+  const request = requestOf(host, message);
+  accept(await BEGIN[message.mode](host, request));
+  if (!awaitsVerdict(message.mode)) return 0;
   const verdict = await lines.next();
   if (verdict === undefined) return 0;
-  accept(
-    parseVerdict(verdict) === 'commit'
-      ? await commit(host, owner, holder, wish)
-      : await undo(host, owner, holder, request.action),
-  );
+  accept(await conclude(host, message.mode, request, parseVerdict(verdict)));
   return 0;
+}
+
+const BEGIN: Readonly<Record<Mode, (host: Host, request: ActionRequest) => Promise<SyncResult>>> = {
+  start,
+  restart: prepare,
+  plug: prepare,
+  unplug: mark,
+  follow,
+  check,
+  release,
+};
+
+function conclude(host: Host, mode: Mode, request: ActionRequest, verdict: 'commit' | 'undo'): Promise<SyncResult> {
+  const { owner, action, holder, wish } = request;
+  if (verdict === 'undo') return undo(host, owner, holder, action);
+  if (mode === 'unplug') return finish(host, request);
+  return commit(host, owner, holder, mode === 'start' ? wish.mappings : []);
+}
+
+/** The request held against the configuration of this host: link, label and ranges are decided here. */
+function requestOf(host: Host, message: SyncMessage): ActionRequest {
+  const { vm, action, mode, nics, unmapped, attaching, detachedAliases } = message;
+  const kept = new Set<number | null>(message.keep);
+  const keep = (held: Mapping): boolean => kept.has(held.nic) || (mode !== 'restart' && isAsBefore(held, message));
+  return {
+    owner: { kind: 'vm', vm },
+    action,
+    holder: identify(host, message),
+    wish: {
+      mappings: nics.map((nic) => resolveMapping(host.config, { ...nic, address: nic.address ?? undefined, vm })),
+      unmapped,
+      attaching,
+    },
+    keep,
+    detachedAliases,
+  };
+}
+
+/**
+ * A NIC of a running guest that has its address by range, then and now: it keeps it, whatever the range has become. Flows
+ * go on, and the next restart of the guest brings it to the new range.
+ */
+function isAsBefore(held: Mapping, { nics, attaching }: SyncMessage): boolean {
+  return (
+    held.named === false &&
+    nics.some(
+      (nic) =>
+        nic.nic === held.nic &&
+        nic.address === null &&
+        nic.guest === held.guest &&
+        nic.mac === held.mac &&
+        nic.bridge === held.bridge &&
+        !attaching.includes(nic.nic),
+    )
+  );
 }
 
 function identify(host: Host, request: SyncMessage): Holder {
@@ -74,7 +128,7 @@ function identify(host: Host, request: SyncMessage): Holder {
 }
 
 function accept(result: SyncResult): void {
-  answer({ version: PROTOCOL_VERSION, ok: true, changes: result.changes.flatMap(describe), warnings: result.warnings });
+  answer({ version, ok: true, changes: result.changes.flatMap(describe), warnings: result.warnings });
 }
 
 function answer(message: object): void {

@@ -11,23 +11,26 @@ import { KvmIbError, toKvmIbError } from '../core/errors.ts';
 import type { Config, Mapping } from '../core/mapping.ts';
 import { readConfig } from '../host/config-file.ts';
 import { millisecondsFrom, pathsFrom } from '../host/paths.ts';
+import { createStore } from '../host/store.ts';
 import { interfacesOnBridge, parseDomain, spliceMtu } from '../libvirt/domain.ts';
 import type { Vm } from '../opennebula/action-data.ts';
-import { mayTouchBridges, parseActionData, parseVm } from '../opennebula/action-data.ts';
-import type { ActionCall } from '../opennebula/contract.ts';
+import { HOTPLUG_NIC_POWEROFF, mayTouchBridges, parseActionData, parseVm } from '../opennebula/action-data.ts';
+import type { ActionWish, Held } from '../opennebula/action-wish.ts';
+import { wishOfAction } from '../opennebula/action-wish.ts';
+import type { OwnCall } from '../opennebula/contract.ts';
 import { failureMessage, failureText, logText, parseActionCall } from '../opennebula/contract.ts';
-import { wishedMappings } from '../opennebula/mappings.ts';
-import { startEngine } from './engine-client.ts';
+import type { Store } from '../ops/host.ts';
+import type { Engine, WishMessage } from './engine-client.ts';
+import { NO_WISH, startEngine } from './engine-client.ts';
 import type { Ending } from './stock.ts';
 import { endLike, runStock, succeeded } from './stock.ts';
 
 const STDIN_LIMIT = 64 * 1024 * 1024;
 const STDIN_TIMEOUT_MS = millisecondsFrom(process.env['KVM_IB_STDIN_TIMEOUT_MS']) ?? 60_000;
 
-interface Call {
+interface Context {
   readonly config: Config;
-  readonly script: string;
-  readonly args: readonly string[];
+  readonly store: Store;
   readonly stdin: Buffer;
 }
 
@@ -42,101 +45,228 @@ try {
 
 async function run(): Promise<Ending> {
   const call = parseActionCall(action, args);
-  const config = readConfig(pathsFrom(process.env).config);
+  const paths = pathsFrom(process.env);
+  const config = readConfig(paths.config);
   const stdin = await readStdin();
-  const context: Call = { config, script, args, stdin };
+  const context: Context = { config, store: createStore(paths.state), stdin };
   switch (call.treatment) {
     case 'pass':
-      return runStock(script, args, stdin);
+      return stock(stdin);
     case 'sync-before':
-      return deploy(context, call);
+      return call.action === 'deploy' ? deploy(context, call) : syncBefore(context, call);
+    case 'repair-before':
+      return repairBefore(context, call);
+    case 'check-before':
+      return checkBefore(context, call);
+    case 'sync-after':
+      return call.action === 'reconfigure' ? followAfter(context, call) : unplug(context, call);
     case 'release-after':
-      return release(context, call);
+      return releaseAfter(context, call);
     case 'refuse-if-mapped':
       return refuseIfMapped(context, call);
   }
 }
 
-async function deploy(context: Call, call: Extract<ActionCall, { treatment: 'sync-before' }>): Promise<Ending> {
-  const { config, script, args, stdin } = context;
+function stock(stdin: Uint8Array): Promise<Ending> {
+  return runStock(script, args, stdin);
+}
+
+async function deploy({ config, stdin }: Context, call: OwnCall): Promise<Ending> {
   // latin1: each byte is one character, so the XML goes out as it came in, whatever its encoding.
   const xml = stdin.toString('latin1');
-  if (isForeign(config, xml, 'domain')) return runStock(script, args, stdin);
+  if (isForeign(config, xml, 'domain')) return stock(stdin);
   // It starts while the XML is read: the two take equally long. Until it is told something it reads and changes nothing.
   const engine = startEngine();
   try {
-    const wish = readWish(config, xml, call);
-    if (wish === undefined) {
+    const plan = readDeployment(config, xml, call);
+    if (plan === undefined) {
       const ended = engine.close();
-      const ending = await runStock(script, args, stdin);
+      const ending = await stock(stdin);
       await ended;
       return ending;
     }
-    for (const note of wish.notes) say(logText({ level: 'info', text: note }));
-    inform(await engine.sync(call.vmId, call.action, wish.mappings, true));
-    let ending: Ending;
-    try {
-      ending = await runStock(script, args, Buffer.from(wish.xml, 'latin1'));
-    } catch (error) {
-      await settle(() => engine.verdict('undo'));
-      throw error;
-    }
-    await settle(() => engine.verdict(succeeded(ending) ? 'commit' : 'undo'));
-    return ending;
+    note(plan.wish.notes);
+    note(await engine.sync(call.vmId, call.action, 'start', messageOf(plan.wish)));
+    return await underVerdict(engine, Buffer.from(plan.xml, 'latin1'));
   } finally {
     await engine.close();
   }
 }
 
-/** What a VM that is to be deployed should have, and its domain XML with our MTUs; undefined: it has no NIC on our bridges. */
-function readWish(
-  config: Config,
-  xml: string,
-  call: Extract<ActionCall, { treatment: 'sync-before' }>,
-): { readonly mappings: readonly Mapping[]; readonly notes: readonly string[]; readonly xml: string } | undefined {
-  const domain = parseDomain(xml);
-  if (!config.networks.some((network) => interfacesOnBridge(domain, network.bridge).length > 0)) return undefined;
-  const vm = parseVm(readVmXml(join(dirname(call.deploymentFile), 'vm.xml')));
-  requireVm(vm, call.vmId);
-  const { mappings, networksTouched, notes } = wishedMappings(config, vm);
-  requireAgreement(config, domain, vm, mappings);
-  const mtus = new Map(networksTouched.map((network) => [String(network.bridge), deviceMtu(network.device)]));
-  return { mappings, notes, xml: spliceMtu(xml, mtus).xml };
-}
-
-async function release(context: Call, call: Extract<ActionCall, { treatment: 'release-after' }>): Promise<Ending> {
-  const { config, script, args, stdin } = context;
-  const data = stdin.toString('latin1');
-  if (isForeign(config, data, 'VMM_DRIVER_ACTION_DATA')) return runStock(script, args, stdin);
-  const { vm } = parseActionData(data);
-  requireVm(vm, call.vmId);
-  const ending = await runStock(script, args, stdin);
-  if (!succeeded(ending) || !touches(config, vm)) return ending;
+/** restore and attach_nic: the address works before the guest does. */
+async function syncBefore(context: Context, call: OwnCall): Promise<Ending> {
+  const vm = concernedVm(context, call);
+  if (vm === undefined) return stock(context.stdin);
+  const wish = readWish(context, call, vm);
+  note(wish.notes);
   const engine = startEngine();
   try {
-    // The domain is gone, so the action succeeded: to say otherwise would make OpenNebula take it for running. What
-    // stays behind is in the state file, and reconcile ends it.
-    await settle(() => engine.sync(call.vmId, call.action, [], false));
+    const mode = call.action === 'attach_nic' ? 'plug' : 'start';
+    note(await engine.sync(call.vmId, call.action, mode, messageOf(wish)));
+    return await underVerdict(engine, context.stdin);
+  } finally {
+    await engine.close();
+  }
+}
+
+/** reboot and reset change nothing for us, so what is wrong with a mapping must not keep an operator from a reset. */
+async function repairBefore(context: Context, call: OwnCall): Promise<Ending> {
+  const vm = concernedVm(context, call);
+  if (vm === undefined) return stock(context.stdin);
+  const engine = startEngine();
+  try {
+    try {
+      note(await engine.sync(call.vmId, call.action, 'restart', messageOf(readWish(context, call, vm))));
+    } catch (cause) {
+      complain(cause, 'The guest keeps what it has');
+      return await stock(context.stdin);
+    }
+    return await underVerdict(engine, context.stdin);
+  } finally {
+    await engine.close();
+  }
+}
+
+/**
+ * prereconfigure is the first that is called for an alias, and the last step at which a refusal costs the guest nothing:
+ * behind it the context is written anew and its CD changed.
+ */
+async function checkBefore(context: Context, call: OwnCall): Promise<Ending> {
+  const vm = concernedVm(context, call);
+  const wish = vm === undefined ? undefined : readWish(context, call, vm);
+  if (wish !== undefined && wish.attachedAliases.length > 0) {
+    const engine = startEngine();
+    try {
+      note(await engine.sync(call.vmId, call.action, 'check', messageOf(wish)));
+    } finally {
+      await engine.close();
+    }
+  }
+  return stock(context.stdin);
+}
+
+/** reconfigure is the last step of an alias that comes or goes: what it changes, no later step can fail over. */
+async function followAfter(context: Context, call: OwnCall): Promise<Ending> {
+  const vm = concernedVm(context, call);
+  if (vm === undefined) return stock(context.stdin);
+  const wish = readWish(context, call, vm);
+  const ending = await stock(context.stdin);
+  if (!succeeded(ending)) return ending;
+  note(wish.notes);
+  const engine = startEngine();
+  try {
+    note(await engine.sync(call.vmId, call.action, 'follow', messageOf(wish)));
   } finally {
     await engine.close();
   }
   return ending;
 }
 
-async function refuseIfMapped(
-  context: Call,
-  call: Extract<ActionCall, { treatment: 'refuse-if-mapped' }>,
-): Promise<Ending> {
-  const data = context.stdin.toString('latin1');
-  if (isForeign(context.config, data, 'VMM_DRIVER_ACTION_DATA')) {
-    return runStock(context.script, context.args, context.stdin);
+/** detach_nic and snapshot_revert: the NICs that the domain has afterwards are what counts. */
+async function unplug(context: Context, call: OwnCall): Promise<Ending> {
+  const vm = concernedVm(context, call);
+  if (vm === undefined) return stock(context.stdin);
+  const wish = readWish(context, call, vm);
+  const engine = startEngine();
+  try {
+    note(await engine.sync(call.vmId, call.action, 'unplug', messageOf(wish)));
+    return await underVerdict(engine, context.stdin);
+  } finally {
+    await engine.close();
   }
+}
+
+async function releaseAfter(context: Context, call: OwnCall): Promise<Ending> {
+  const vm = concernedVm(context, call);
+  const ending = await stock(context.stdin);
+  if (vm === undefined) return ending;
+  const engine = startEngine();
+  try {
+    if (succeeded(ending)) {
+      // The domain is gone, so the action succeeded: to say otherwise would make OpenNebula take it for running. What
+      // stays behind is in the state file, and reconcile ends it.
+      await settle(() => engine.sync(call.vmId, call.action, 'release', NO_WISH));
+    } else {
+      // It failed, but the domain may have gone all the same: libvirt is asked. Its own message is the one to show.
+      await engine.settle(call.vmId).catch(() => undefined);
+    }
+  } finally {
+    await engine.close();
+  }
+  return ending;
+}
+
+/** Runs the stock script between an engine's answer and the verdict. */
+async function underVerdict(engine: Engine, stdin: Uint8Array): Promise<Ending> {
+  let ending: Ending;
+  try {
+    ending = await stock(stdin);
+  } catch (error) {
+    await settle(() => engine.verdict('undo'));
+    throw error;
+  }
+  await settle(() => engine.verdict(succeeded(ending) ? 'commit' : 'undo'));
+  return ending;
+}
+
+/** What a VM that is to be deployed should have, and its domain XML with our MTUs; undefined: it has no NIC on our bridges. */
+function readDeployment(
+  config: Config,
+  xml: string,
+  call: OwnCall,
+): { readonly wish: ActionWish; readonly xml: string } | undefined {
+  const domain = parseDomain(xml);
+  if (!config.networks.some((network) => interfacesOnBridge(domain, network.bridge).length > 0)) return undefined;
+  const vm = parseVm(readVmXml(join(dirname(call.args['deploymentFile'] ?? ''), 'vm.xml')));
+  requireVm(vm, call.vmId);
+  const wish = wishOfAction(config, vm, call.action, NOTHING_HELD);
+  requireAgreement(config, domain, vm, wish.mappings);
+  const mtus = new Map(wish.networksTouched.map((network) => [String(network.bridge), deviceMtu(network.device)]));
+  return { wish, xml: spliceMtu(xml, mtus).xml };
+}
+
+const NOTHING_HELD: Held = { mappings: [], detachedAliases: [] };
+
+function readWish({ config, store }: Context, call: OwnCall, vm: Vm): ActionWish {
+  return wishOfAction(config, vm, call.action, heldBy(store, vm.id) ?? NOTHING_HELD);
+}
+
+/** What the VM has on this host; undefined: nothing. The engine reads the file anew, under its lock, and decides. */
+function heldBy(store: Store, vm: number): Held | undefined {
+  try {
+    return store.read({ kind: 'vm', vm });
+  } catch (cause) {
+    // One that is there and is no state file: the engine says what is wrong with it.
+    return toKvmIbError(cause).code === 'not-permitted' ? undefined : NOTHING_HELD;
+  }
+}
+
+function messageOf(wish: ActionWish): WishMessage {
+  const { sources, unmapped, keep, attaching, detachedAliases } = wish;
+  const nics = sources.map(({ mapping: m, source }) => {
+    if (m.mac === null || m.nic === null) throw new TypeError('a VM has mappings with NIC and MAC only');
+    return { nic: m.nic, guest: m.guest, address: source === 'range' ? null : m.address, mac: m.mac, bridge: m.bridge };
+  });
+  return { nics, unmapped, keep, attaching, detachedAliases };
+}
+
+/** The VM of an action on one that is there; undefined when it has nothing to do with kvm-ib, or no domain to follow. */
+function concernedVm({ config, store, stdin }: Context, call: OwnCall): Vm | undefined {
+  const data = stdin.toString('latin1');
+  const held = heldBy(store, call.vmId);
+  if (held === undefined && isForeign(config, data, 'VMM_DRIVER_ACTION_DATA')) return undefined;
   const { vm } = parseActionData(data);
   requireVm(vm, call.vmId);
-  if (!touches(context.config, vm)) return runStock(context.script, context.args, context.stdin);
+  if (held === undefined && !touches(config, vm)) return undefined;
+  return vm.lcmState === HOTPLUG_NIC_POWEROFF ? undefined : vm;
+}
+
+function refuseIfMapped(context: Context, call: OwnCall): Promise<Ending> {
+  const vm = concernedVm(context, call);
+  if (vm === undefined) return stock(context.stdin);
   throw new KvmIbError('unsupported', `Cannot ${call.action} VM ${vm.id}`, {
     why: `it has a NIC on a bridge of kvm-ib, and this version does not do ${call.action} for such a VM yet`,
-    fix: 'power the VM off and deploy it anew instead',
+    fix: 'suspend or power it off, then migrate it: `onevm migrate` without --live',
   });
 }
 
@@ -283,15 +413,19 @@ async function readStdin(): Promise<Buffer> {
 /** Runs the last step of an action whose outcome is decided: what goes wrong is logged and left to reconcile. */
 async function settle(step: () => Promise<readonly string[]>): Promise<void> {
   try {
-    inform(await step());
+    note(await step());
   } catch (cause) {
-    const error = toKvmIbError(cause);
-    say(logText({ level: 'error', text: `${failureMessage(error)}. The next kvm-ib reconcile brings it right` }));
+    complain(cause, 'The next kvm-ib reconcile brings it right');
   }
 }
 
-function inform(warnings: readonly string[]): void {
-  for (const text of warnings) say(logText({ level: 'info', text }));
+/** Logs an error that does not fail the action. */
+function complain(cause: unknown, outlook: string): void {
+  say(logText({ level: 'error', text: `${failureMessage(toKvmIbError(cause))}. ${outlook}` }));
+}
+
+function note(notes: readonly string[]): void {
+  for (const text of notes) say(logText({ level: 'info', text }));
 }
 
 function say(text: string): void {

@@ -33,6 +33,8 @@ export interface NicAlias {
   readonly parentId: number;
   /** Its own NIC_ID, shared with the NICs' numbering. */
   readonly nic: number;
+  /** ALIAS_ID: its number among the aliases of its NIC. */
+  readonly aliasId: number | null;
   readonly ip: string | null;
   /** EXTERNAL=YES: the address is not configured inside the guest; something outside maps it. */
   readonly external: boolean;
@@ -58,6 +60,8 @@ export interface Vm {
   readonly nics: readonly Nic[];
   readonly aliases: readonly NicAlias[];
   readonly skipped: readonly SkippedNic[];
+  /** Names of the network variables (`ETH0_IP`, `ETH0_ALIAS1_IP`, …) of TEMPLATE/CONTEXT. */
+  readonly contextNames: ReadonlySet<string>;
 }
 
 export interface ActionData {
@@ -67,6 +71,9 @@ export interface ActionData {
   readonly migrationHost: string | null;
   readonly vm: Vm;
 }
+
+/** LCM_STATE HOTPLUG_NIC_POWEROFF (since 5.12): a NIC of a VM that has no domain, where VM_MAD has COLD_NIC_ATTACH. */
+export const HOTPLUG_NIC_POWEROFF = 65;
 
 /** An alias label has 15 characters: `kib:` + 8 digits + `-` + 2 digits. */
 export const VM_ID_LIMIT = 100_000_000;
@@ -140,6 +147,11 @@ function readVm(vm: XmlElement, what: string): Vm {
         bridge: field(pci, 'BRIDGE', what),
         reason: 'it is a passed-through PCI device: its traffic does not cross a bridge of the host',
       })),
+    contextNames: new Set(
+      childrenNamed(template, 'CONTEXT').flatMap(({ children }) =>
+        children.map(({ name }) => name).filter((name) => /^ETH[0-9]+_/.test(name)),
+      ),
+    ),
   };
 }
 
@@ -160,6 +172,7 @@ function readAlias(alias: XmlElement, what: string): NicAlias {
   return {
     parentId: requiredNumber(alias, 'PARENT_ID', what),
     nic: requiredNumber(alias, 'NIC_ID', what),
+    aliasId: numberField(alias, 'ALIAS_ID', what),
     ip: field(alias, 'IP', what),
     external: isYes(field(alias, 'EXTERNAL', what)),
     attach: isYes(field(alias, 'ATTACH', what)),

@@ -14,7 +14,13 @@ import { VM_ID_LIMIT } from './action-data.ts';
 export type Treatment =
   /** Our work first, then the stock script; ours is undone when that fails. */
   | 'sync-before'
-  /** The stock script first; the mappings go when it has succeeded. */
+  /** The same, but what goes wrong in our work is logged and does not hold up the stock script. */
+  | 'repair-before'
+  /** Before the stock script it is looked whether `sync-after` will succeed. */
+  | 'check-before'
+  /** The stock script first; then the mappings follow the NICs. */
+  | 'sync-after'
+  /** The stock script first; the mappings go when the domain has gone. */
   | 'release-after'
   /** Not built yet: refused for a VM that has a mapping or a NIC on our bridges, passed through for any other. */
   | 'refuse-if-mapped'
@@ -48,20 +54,20 @@ export const ACTIONS = {
   deploy: shape('sync-before', ['deploymentFile', 'host'], 'domain'),
   shutdown: shape('release-after', ['deployId', 'host']),
   cancel: shape('release-after', ['deployId', 'host']),
-  save: shape('refuse-if-mapped', ['deployId', 'checkpointFile', 'host']),
-  restore: shape('refuse-if-mapped', ['checkpointFile', 'host', 'deployId']),
+  save: shape('release-after', ['deployId', 'checkpointFile', 'host']),
+  restore: shape('sync-before', ['checkpointFile', 'host', 'deployId']),
   migrate: shape('refuse-if-mapped', ['deployId', 'destination', 'source']),
   migrate_local: shape('refuse-if-mapped', ['deployId', 'destination', 'source']),
-  attach_nic: shape('refuse-if-mapped', ['deployId', 'mac', 'bridge', 'model', 'vnMad', 'target']),
-  detach_nic: shape('refuse-if-mapped', ['deployId', 'mac']),
-  reboot: shape('pass', ['deployId', 'host']),
-  reset: shape('pass', ['deployId', 'host']),
+  attach_nic: shape('sync-before', ['deployId', 'mac', 'bridge', 'model', 'vnMad', 'target']),
+  detach_nic: shape('sync-after', ['deployId', 'mac']),
+  reboot: shape('repair-before', ['deployId', 'host']),
+  reset: shape('repair-before', ['deployId', 'host']),
   attach_disk: shape('pass', ['deployId', 'diskPath', 'target', 'targetIndex', 'actionData']),
   detach_disk: shape('pass', ['deployId', 'diskPath', 'target', 'targetIndex']),
-  prereconfigure: shape('pass', ['deployId', 'contextDevice']),
-  reconfigure: shape('pass', ['deployId', 'contextDevice', 'contextImage']),
+  prereconfigure: shape('check-before', ['deployId', 'contextDevice']),
+  reconfigure: shape('sync-after', ['deployId', 'contextDevice', 'contextImage']),
   snapshot_create: shape('pass', ['deployId', 'snapshotId']),
-  snapshot_revert: shape('pass', ['deployId', 'snapshotName']),
+  snapshot_revert: shape('sync-after', ['deployId', 'snapshotName']),
   snapshot_delete: shape('pass', ['deployId', 'snapshotName']),
   resize: shape('pass', ['deployId']),
   resize_disk: shape('pass', ['deployId', 'diskId', 'size', 'actionData', 'host']),
@@ -71,35 +77,24 @@ export const ACTIONS = {
 } as const satisfies Record<string, ActionShape>;
 
 export type KnownAction = keyof typeof ACTIONS;
-type RefusedAction = 'save' | 'restore' | 'migrate' | 'migrate_local' | 'attach_nic' | 'detach_nic';
-
-interface OfOneVm {
-  readonly vmId: number;
-  /** The host that the step runs on, as oned names it. */
-  readonly host: string;
-}
 
 /** One call of a driver script. */
 export type ActionCall =
   | { readonly treatment: 'pass'; readonly action: string }
-  | ({
-      readonly treatment: 'sync-before';
-      readonly action: 'deploy';
-      /** Where the stock script writes the domain XML; `vm.xml` lies in the same folder. */
-      readonly deploymentFile: string;
-    } & OfOneVm)
-  | ({
-      readonly treatment: 'release-after';
-      readonly action: 'shutdown' | 'cancel';
-      /** As oned has it; may be empty or `-` after a deploy that went wrong, so nothing may depend on it. */
-      readonly deployId: string;
-    } & OfOneVm)
-  | ({
-      readonly treatment: 'refuse-if-mapped';
-      readonly action: RefusedAction;
-      /** The action's own arguments by name, as in `ACTIONS`. */
+  | {
+      readonly treatment: Exclude<Treatment, 'pass'>;
+      readonly action: KnownAction;
+      readonly vmId: number;
+      /** The host that the step runs on, as oned names it. */
+      readonly host: string;
+      /**
+       * The action's own arguments by name, as in `ACTIONS`. A deploy id may be empty or `-` after a deploy that went wrong, so
+       * nothing may depend on it. Of deploy, `deploymentFile` is an absolute path; `vm.xml` lies in the same folder.
+       */
       readonly args: Readonly<Record<string, string>>;
-    } & OfOneVm);
+    };
+
+export type OwnCall = Exclude<ActionCall, { treatment: 'pass' }>;
 
 export function isKnownAction(name: string): name is KnownAction {
   return Object.hasOwn(ACTIONS, name);
@@ -130,18 +125,11 @@ export function parseActionCall(action: string, argv: readonly string[]): Action
       fix: 'let OpenNebula (one_vmm_exec) call it; by hand, give the arguments in this order',
     });
   }
-  const one = { vmId: parseVmId(action, argv[last] ?? ''), host: nonEmpty(action, 'host', argv[last + 1] ?? '') };
-  switch (action) {
-    case 'deploy':
-      return { treatment: 'sync-before', action, ...one, deploymentFile: absolutePath(action, argv[0] ?? '') };
-    case 'shutdown':
-    case 'cancel':
-      return { treatment: 'release-after', action, ...one, deployId: argv[0] ?? '' };
-    default: {
-      const named = Object.fromEntries(args.map((name, index) => [name, argv[index] ?? '']));
-      return { treatment: 'refuse-if-mapped', action: action as RefusedAction, ...one, args: named };
-    }
-  }
+  const vmId = parseVmId(action, argv[last] ?? '');
+  const host = nonEmpty(action, 'host', argv[last + 1] ?? '');
+  const own = Object.fromEntries(args.map((name, index) => [name, argv[index] ?? '']));
+  if (action === 'deploy') absolutePath(action, own['deploymentFile'] ?? '');
+  return { treatment, action, vmId, host, args: own };
 }
 
 function parseVmId(action: string, text: string): number {
@@ -160,8 +148,8 @@ function nonEmpty(action: string, name: string, text: string): string {
   });
 }
 
-function absolutePath(action: string, text: string): string {
-  if (text.startsWith('/') && !text.includes('\0') && !/[\r\n]/.test(text)) return text;
+function absolutePath(action: string, text: string): void {
+  if (text.startsWith('/') && !text.includes('\0') && !/[\r\n]/.test(text)) return;
   throw new KvmIbError('bad-input', `Cannot run ${action}`, {
     why: `the deployment file "${printable(text, 100)}" is not an absolute path`,
     fix: 'look at DATASTORE_LOCATION in /etc/one/oned.conf',

@@ -34,13 +34,17 @@ export interface Wish {
   readonly sources: readonly WishedMapping[];
   /** Networks on whose bridge the VM has a NIC, mapped or not; empty: kvm-ib has nothing to do with this VM. */
   readonly networksTouched: readonly Network[];
+  /** NICs on our bridges that are to have no mapping: they opt out. */
+  readonly unmapped: readonly number[];
   /** What was left out, and why; one sentence each, safe to print. */
   readonly notes: readonly string[];
 }
 
 export interface WishOptions {
-  /** `exclude`: leave out the NIC or alias marked ATTACH=YES, as after a detach. Default `include`. */
-  readonly attaching?: 'include' | 'exclude';
+  /** NIC_IDs of NICs and aliases to leave out, as after a detach. */
+  readonly without?: ReadonlySet<number>;
+  /** Takes the error of a NIC that cannot be mapped, instead of throwing it; the NIC is left out. */
+  readonly onFault?: (nic: Nic, error: KvmIbError) => void;
   /**
    * Take the guest address from the last four bytes of the MAC where the VM XML has no IP. Off by default: the two
    * differ when the address range has a MAC of its own, SHARED=yes, MAC_GLOBAL_SPACE or another MAC_PREFIX.
@@ -55,9 +59,11 @@ export interface WishOptions {
  *   the network's range) or `conflict` (two NICs of this VM with one address); the message names VM and NIC.
  */
 export function wishedMappings(config: Config, vm: Vm, options: WishOptions = {}): Wish {
-  const keep = (one: { readonly attach: boolean }) => options.attaching !== 'exclude' || !one.attach;
+  const { without = new Set<number>(), onFault } = options;
+  const keep = ({ nic }: { readonly nic: number }) => !without.has(nic);
   const aliases = vm.aliases.filter(keep);
   const sources: WishedMapping[] = [];
+  const unmapped: number[] = [];
   const touched = new Set<Network>();
   const notes: string[] = [];
 
@@ -66,8 +72,14 @@ export function wishedMappings(config: Config, vm: Vm, options: WishOptions = {}
     if (network === undefined) continue;
     touched.add(network);
     if (!keep(nic)) continue;
-    const wished = mappingOf(network, vm, nic, aliases, options, notes);
-    if (wished !== null) sources.push(wished);
+    try {
+      const wished = mappingOf(network, vm, nic, aliases, options, notes);
+      if (wished === null) unmapped.push(nic.nic);
+      else sources.push(wished);
+    } catch (error) {
+      if (onFault === undefined || !(error instanceof KvmIbError)) throw error;
+      onFault(nic, error);
+    }
   }
   for (const skipped of vm.skipped) {
     const network = networkOfBridge(config, skipped.bridge);
@@ -77,7 +89,7 @@ export function wishedMappings(config: Config, vm: Vm, options: WishOptions = {}
   const mappings = sources.map((one) => one.mapping);
   refuseDuplicates(vm, mappings, 'guest');
   refuseDuplicates(vm, mappings, 'address');
-  return { mappings, sources, networksTouched: [...touched], notes };
+  return { mappings, sources, networksTouched: [...touched], unmapped, notes };
 }
 
 /** 02:00:c0:a8:7a:0a is 192.168.122.10 where OpenNebula made the MAC from the address; see `addressFromMac` above. */
@@ -127,6 +139,7 @@ function mappingOf(
       vm: vm.id,
       nic: nic.nic,
       label: aliasLabel(network, guest, vm.id, nic.nic),
+      named: chosen !== null,
     },
     source: chosen?.source ?? 'range',
   };

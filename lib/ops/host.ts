@@ -1,7 +1,7 @@
 /** Everything that an operation needs of the host it works on, behind one interface: handed in, never imported. */
 import type { Ipv4 } from '../core/address.ts';
 import type { Config, Owner } from '../core/mapping.ts';
-import type { Holder, StateFile } from '../core/state.ts';
+import type { DomainState, Holder, StateFile } from '../core/state.ts';
 import type { Announcer, Conntrack, Links, Prober } from '../link/ports.ts';
 import type { NatEngine } from '../nat/engine.ts';
 
@@ -47,11 +47,13 @@ export interface Store {
 export interface Domains {
   /** Names of the active domains, paused ones included; undefined when libvirt does not answer. */
   active(): Promise<ReadonlySet<string> | undefined>;
+  /** One VM's domain, and the interfaces that it has. */
+  state(vm: number): Promise<DomainState>;
 }
 
 export interface Processes {
   isAlive(holder: Holder): boolean;
-  /** The random id of this boot. */
+  /** /proc/sys/kernel/random/boot_id of the boot that runs. */
   bootId(): string;
 }
 
@@ -69,9 +71,4 @@ export interface Host {
   withLock<T>(who: string, act: () => Promise<T>): Promise<T>;
   /** ISO 8601, UTC. */
   now(): string;
-}
-
-/** The libvirt name that OpenNebula gives a VM's domain. */
-export function domainName(vm: number): string {
-  return `one-${vm}`;
 }

@@ -7,22 +7,21 @@ import { rangeContains } from '../core/address.ts';
 import { resolveMapping } from '../core/config.ts';
 import { KvmIbError, toKvmIbError } from '../core/errors.ts';
 import type { Mapping, Owner } from '../core/mapping.ts';
-import { isOurLabel, ownerName, sameMapping } from '../core/mapping.ts';
+import { domainName, isOurLabel, ownerName, sameMapping } from '../core/mapping.ts';
 import type { Change, Desired, Observed } from '../core/plan.ts';
 import { plan } from '../core/plan.ts';
 import type { StateFile, Verdict } from '../core/state.ts';
-import { mappingsOf, verdictOf } from '../core/state.ts';
+import { isOfBoot, mappingsOf, verdictOf, wishOfDomain } from '../core/state.ts';
 import type { TableSpec } from '../nat/engine.ts';
 import type { Announced } from './announce.ts';
 import { againOn, announceAgain, seenLinks, standing } from './announce.ts';
 import { apply } from './apply.ts';
 import type { Host } from './host.ts';
-import { domainName } from './host.ts';
 import type { HostView } from './observe.ts';
 import { hindranceOf, observeHost, ownAddressInRange, strangersOf } from './observe.ts';
 import type { Probing } from './probe.ts';
 import { createProbing, takenBy } from './probe.ts';
-import { loadTable, removing, stateFile } from './sync.ts';
+import { activeFile, loadTable, removing, stateFile } from './sync.ts';
 
 export interface ReconcileResult {
   /** What was done, or with `dryRun` what would be. */
@@ -49,6 +48,8 @@ export interface Entry {
   readonly stored: StateFile | undefined;
   readonly verdict: Verdict;
   readonly why: string;
+  /** libvirt has its domain among the active ones. */
+  readonly running?: boolean | undefined;
 }
 
 /** What each file means. Shared by reconcile and status. */
@@ -67,7 +68,8 @@ export async function readIntent(host: Host): Promise<Intent> {
   const { files: stored, unreadable } = host.store.all();
   const vms = stored.some((file) => file.owner.kind === 'vm');
   const active = vms ? await host.domains.active() : new Set<string>();
-  const entries = stored.map((file) => entryOf(host, file, active));
+  const entries: Entry[] = [];
+  for (const file of stored) entries.push(await ofDomain(host, entryOf(host, file, active)));
   const unread = new Set(unreadable.map(({ path }) => path.slice(path.lastIndexOf('/') + 1)));
   for (const [owner, mapping] of statics(host)) {
     // Its file is there and cannot be read: what it says is not known, so it is not written over.
@@ -101,12 +103,27 @@ function entryOf(host: Host, file: StateFile, active: ReadonlySet<string> | unde
   }
   const alive = phase.name === 'pending' && host.processes.isAlive(phase.holder);
   const running = owner.kind === 'vm' ? active?.has(domainName(owner.vm)) : undefined;
-  const verdict = verdictOf(file, alive, running);
-  return { file, stored: file, verdict, why: reason(file, verdict, alive) };
+  const verdict = verdictOf(file, alive, running, host.processes.bootId());
+  return { file, stored: file, verdict, why: reason(file, verdict, alive), running };
+}
+
+/** What an action that ended half-way meant to do is not what the domain has: of a VM that runs, libvirt says. */
+async function ofDomain(host: Host, entry: Entry): Promise<Entry> {
+  const { file, verdict } = entry;
+  if (file.owner.kind !== 'vm' || file.phase.name !== 'pending' || verdict !== 'keep') return entry;
+  const domain = await host.domains.state(file.owner.vm);
+  if (domain.kind !== 'active' || domain.macs === undefined) return entry;
+  const wish = { mappings: file.mappings, unmapped: [], attaching: [] };
+  const mappings = wishOfDomain(wish, mappingsOf(file), domain.macs);
+  if (mappings.length === 0) return { ...entry, verdict: 'release', why: 'its domain has none of these NICs' };
+  return { ...entry, file: { ...file, mappings, leftovers: mappingsOf(file) } };
 }
 
 function reason(file: StateFile, verdict: Verdict, holderAlive: boolean): string {
   if (file.phase.name === 'removing') return 'its removal was not finished';
+  if (verdict === 'leave' && file.phase.name === 'active') {
+    return 'it is from before the boot of this host, and libvirt does not answer whether it runs here';
+  }
   if (verdict === 'leave')
     return holderAlive ? 'its action is under way' : 'its action ended half-way, and libvirt does not answer';
   if (verdict === 'release' && file.owner.kind === 'vm') return `${domainName(file.owner.vm)} is not active`;
@@ -249,7 +266,10 @@ async function reconcileLocked(host: Host, dryRun: boolean): Promise<ReconcileRe
   if (table.length === 0 && record === undefined) table.push('it is not known what it was loaded for');
   let flushed = 0;
   if (table.length > 0 && !dryRun) {
-    const mappings = intent.entries.filter((e) => e.verdict !== 'release').flatMap((e) => e.file.mappings);
+    const bootId = host.processes.bootId();
+    const mappings = intent.entries
+      .filter((e) => e.verdict !== 'release' && isOfBoot(e.file, bootId))
+      .flatMap((e) => e.file.mappings);
     flushed += await loadTable(host, view.spec, mappings, view.table);
     view = await observeHost(host);
   }
@@ -300,7 +320,9 @@ async function reconcileLocked(host: Host, dryRun: boolean): Promise<ReconcileRe
     const { file, verdict } = entry;
     if (verdict === 'release') finish(() => host.store.remove(file.owner));
     if (verdict === 'keep' && (file.phase.name !== 'active' || mappingsOf(file).length > file.mappings.length)) {
-      finish(() => host.store.write(stateFile(host, file.owner, { name: 'active' }, file.mappings)));
+      finish(() => host.store.write(activeFile(host, file.owner, file.mappings, file.detachedAliases)));
+    } else if (verdict === 'keep' && entry.running && !isOfBoot(file, host.processes.bootId())) {
+      finish(() => host.store.write(activeFile(host, file.owner, file.mappings, file.detachedAliases)));
     }
   }
   if (table.length === 0 && record !== undefined && !sameAddresses(record.hostAddresses, view.spec.hostAddresses)) {

@@ -2,19 +2,18 @@
  * sync: make one owner have exactly the mappings it should have. Every VMM action and every `add` and `remove` is this
  * one operation. Idempotent; the cost does not depend on how many other mappings there are.
  */
-import type { Ipv4 } from '../core/address.ts';
+import type { Ipv4, Mac } from '../core/address.ts';
 import { KvmIbError, toKvmIbError } from '../core/errors.ts';
 import type { Mapping, Owner } from '../core/mapping.ts';
-import { ownerName, sameMapping } from '../core/mapping.ts';
+import { domainName, ownerName, sameMapping } from '../core/mapping.ts';
 import type { Change } from '../core/plan.ts';
 import { plan } from '../core/plan.ts';
 import type { Holder, Phase, StateFile } from '../core/state.ts';
-import { mappingsOf, STATE_VERSION } from '../core/state.ts';
+import { mappingsOf, STATE_VERSION, wishOfDomain } from '../core/state.ts';
 import type { ObservedPairs, TableSpec } from '../nat/engine.ts';
 import { rulesetTag } from '../nat/ruleset.ts';
 import { apply, reversalFailed } from './apply.ts';
 import type { Host } from './host.ts';
-import { domainName } from './host.ts';
 import { observedPairs, observeMappings, ownAddressInRange, pairOf, refuseMissingLinks, tableSpec } from './observe.ts';
 import type { Probing } from './probe.ts';
 import { createProbing, takenBy } from './probe.ts';
@@ -32,6 +31,20 @@ export interface SyncRequest {
   readonly dryRun?: boolean;
   /** Hardware addresses of hosts that may still have the addresses, as `ip link` writes them. */
   readonly except?: readonly string[];
+  /** Of a VM whose domain is there: what of the wish it comes to. */
+  readonly domain?: DomainView | undefined;
+  /** NIC numbers of aliases that are detached by this. */
+  readonly detachedAliases?: readonly number[];
+}
+
+/** How the domain of a running VM bears on a wish, see `wishOfDomain`. */
+export interface DomainView {
+  /** Hardware addresses of its interfaces; undefined: not known. */
+  readonly macs: ReadonlySet<Mac> | undefined;
+  readonly unmapped: readonly number[];
+  readonly attaching: readonly number[];
+  /** NICs whose mapping stays as it is, whatever the wish says. */
+  readonly keep: (held: Mapping) => boolean;
 }
 
 export interface SyncResult {
@@ -67,76 +80,21 @@ async function probeAhead(host: Host, wish: readonly Mapping[], probing: Probing
   await probing.ask(absent);
 }
 
-/**
- * The pending file of an action whose stock part succeeded becomes active.
- * @param wish what the action mapped: taken up again when its file is gone but the domain is there, as after a cancel
- *   that came in between and found no domain yet. Otherwise nothing is done when another action took over.
- */
-export function commit(host: Host, owner: Owner, holder: Holder, wish: readonly Mapping[] = []): Promise<SyncResult> {
-  return host.withLock(`commit ${ownerName(owner)}`, async () => {
-    const file = host.store.read(owner);
-    if (isPendingOf(file, holder)) return activate(host, file);
-    if (file !== undefined || wish.length === 0 || !(await isActive(host, owner))) return nothing(owner);
-    return syncLocked(host, { owner, wish, action: 'commit', holder });
-  });
-}
-
-async function activate(host: Host, file: StateFile): Promise<SyncResult> {
-  const { owner, mappings } = file;
-  // The taps exist only now: the action's own sync could not see them.
-  const observed = await observeMappings(host, mappings, [], mappings);
-  const changes = plan({ want: mappings, release: [] }, observed);
-  const { flushed, warnings } = await apply(host, changes, () =>
-    host.store.write(stateFile(host, owner, { name: 'active' }, mappings)),
-  );
-  return { owner: ownerName(owner), changes, flushed, warnings };
-}
-
-/**
- * Back to what the owner had before the pending action. Nothing when another action took over. Where the domain runs in
- * spite of the failure, as when a late step of the stock script failed, its mappings stay: reconcile ends them with it.
- */
-export function undo(host: Host, owner: Owner, holder: Holder, action: string): Promise<SyncResult> {
-  return host.withLock(`undo ${ownerName(owner)}`, async () => {
-    const file = host.store.read(owner);
-    if (!isPendingOf(file, holder)) return nothing(owner);
-    if (file.previous.length === 0 && (await isActive(host, owner))) {
-      const kept = await activate(host, file);
-      return {
-        ...kept,
-        warnings: [
-          ...kept.warnings,
-          `${action} failed, but the domain of ${ownerName(owner)} is active: its mappings stay`,
-        ],
-      };
-    }
-    return syncLocked(host, { owner, wish: file.previous, action: `undo ${action}`, holder });
-  });
-}
-
-async function isActive(host: Host, owner: Owner): Promise<boolean> {
-  return owner.kind === 'vm' && (await host.domains.active())?.has(domainName(owner.vm)) === true;
-}
-
-function isPendingOf(file: StateFile | undefined, holder: Holder): file is StateFile {
-  if (file?.phase.name !== 'pending') return false;
-  const { pid, start, bootId } = file.phase.holder;
-  return pid === holder.pid && start === holder.start && bootId === holder.bootId;
-}
-
-function nothing(owner: Owner): SyncResult {
-  return { owner: ownerName(owner), changes: [], flushed: 0, warnings: [] };
+export function nothingDone(owner: Owner, ...warnings: readonly string[]): SyncResult {
+  return { owner: ownerName(owner), changes: [], flushed: 0, warnings };
 }
 
 /** sync for a caller that holds the lock. */
-async function syncLocked(
+export async function syncLocked(
   host: Host,
-  request: SyncRequest,
-  probing: Probing = createProbing(host, request.except),
+  asked: SyncRequest,
+  probing: Probing = createProbing(host, asked.except),
 ): Promise<SyncResult> {
-  const { owner, wish } = request;
-  requireDistinct(wish);
+  const { owner } = asked;
   const prior = host.store.read(owner);
+  const wish = wishFor(asked, prior);
+  const request = { ...asked, wish };
+  requireDistinct(wish);
   const before = mappingsOf(prior);
   const rivals = await staleRivals(host, owner, wish);
   const stale = rivals.flatMap(mappingsOf);
@@ -145,7 +103,7 @@ async function syncLocked(
     const pairs = mappingsOf(rival).map((m) => `${m.guest} <-> ${m.address}`);
     return `${pairs.join(', ')} released from ${ownerName(rival.owner)}, which is not active`;
   });
-  if (wish.length === 0 && prior === undefined) return nothing(owner);
+  if (wish.length === 0 && prior === undefined) return nothingDone(owner);
 
   if (!request.dryRun) await ensureTable(host, wish, [...wish, ...before, ...stale]);
   // Of an active file the kernel has the very alias, or none. Of any other it may have one of several.
@@ -171,7 +129,7 @@ async function syncLocked(
     const applied = await apply(host, changes, () => {
       for (const rival of rivals) host.store.remove(rival.owner);
       if (wish.length === 0) host.store.remove(owner);
-      else if (!request.pending) host.store.write(stateFile(host, owner, { name: 'active' }, wish));
+      else if (!request.pending) host.store.write(activeFile(host, owner, wish, detachedAliases(request, prior)));
     });
     const unprobed = probing.warnings(applied.unannounced);
     return { ...result, flushed: applied.flushed, warnings: [...warnings, ...unprobed, ...applied.warnings] };
@@ -181,6 +139,19 @@ async function syncLocked(
   }
 }
 
+/** The wish, held against what the owner has and, where it is known, against the domain. */
+function wishFor({ wish, domain }: SyncRequest, prior: StateFile | undefined): readonly Mapping[] {
+  if (domain === undefined) return wish;
+  const held = mappingsOf(prior);
+  const stays = held.filter((old, index) => domain.keep(old) && held.findIndex((m) => m.nic === old.nic) === index);
+  const rest = wish.filter((m) => !stays.some((old) => old.nic === m.nic));
+  return wishOfDomain({ ...domain, mappings: [...rest, ...stays] }, held, domain.macs);
+}
+
+function detachedAliases(request: SyncRequest, prior: StateFile | undefined): readonly number[] {
+  return [...new Set([...(prior?.detachedAliases ?? []), ...(request.detachedAliases ?? [])])];
+}
+
 /** Nothing differs, in the kernel or in the file. */
 function isDone(request: SyncRequest, prior: StateFile | undefined, changes: readonly Change[]): boolean {
   const { wish } = request;
@@ -188,6 +159,7 @@ function isDone(request: SyncRequest, prior: StateFile | undefined, changes: rea
     !request.pending &&
     changes.length === 0 &&
     prior?.phase.name === 'active' &&
+    detachedAliases(request, prior).length === prior.detachedAliases.length &&
     mappingsOf(prior).length === wish.length &&
     wish.every((m) => prior.mappings.some((old) => sameMapping(m, old)))
   );
@@ -206,7 +178,12 @@ function intentOf(host: Host, request: SyncRequest, prior: StateFile | undefined
   const known = [...wish, ...previous];
   const leftovers = mappingsOf(prior).filter((old) => !known.some((m) => sameMapping(m, old)));
   const phase: Phase = { name: 'pending', action: request.action, holder: request.holder };
-  return { ...stateFile(host, owner, phase, wish), previous, leftovers };
+  return {
+    ...stateFile(host, owner, phase, wish),
+    previous,
+    leftovers,
+    detachedAliases: detachedAliases(request, prior),
+  };
 }
 
 /** The file of an owner whose mappings are all to go. */
@@ -215,7 +192,27 @@ export function removing(host: Host, file: StateFile): StateFile {
 }
 
 export function stateFile(host: Host, owner: Owner, phase: Phase, mappings: readonly Mapping[]): StateFile {
-  return { version: STATE_VERSION, owner, phase, mappings, previous: [], leftovers: [], updated: host.now() };
+  return {
+    version: STATE_VERSION,
+    owner,
+    phase,
+    mappings,
+    previous: [],
+    leftovers: [],
+    detachedAliases: [],
+    updated: host.now(),
+  };
+}
+
+/** The file of an owner whose mappings the kernel holds; of a VM: whose domain is there, or the stock script said so. */
+export function activeFile(
+  host: Host,
+  owner: Owner,
+  mappings: readonly Mapping[],
+  detachedAliases: readonly number[] = [],
+): StateFile {
+  const bootId = owner.kind === 'vm' ? { bootId: host.processes.bootId() } : {};
+  return { ...stateFile(host, owner, { name: 'active', ...bootId }, mappings), detachedAliases };
 }
 
 /** The file of an owner; undefined: it has none. */

@@ -4,9 +4,10 @@ import type { Mapping } from '../../lib/core/mapping.ts';
 import { exec } from '../../lib/host/exec.ts';
 import { TABLE } from '../../lib/nat/ruleset.ts';
 import { createNft } from '../../lib/nftables-json/index.ts';
+import { commit, undo } from '../../lib/ops/actions.ts';
 import { status } from '../../lib/ops/inspect.ts';
 import { reconcile } from '../../lib/ops/reconcile.ts';
-import { commit, sync, undo } from '../../lib/ops/sync.ts';
+import { sync } from '../../lib/ops/sync.ts';
 import { teardown } from '../../lib/ops/teardown.ts';
 import {
   addressOf,

@@ -12,7 +12,7 @@ import { resolveMapping } from '../../lib/core/config.ts';
 import { KvmIbError } from '../../lib/core/errors.ts';
 import type { Config, Mapping, Network, Owner } from '../../lib/core/mapping.ts';
 import { ownerName } from '../../lib/core/mapping.ts';
-import type { Holder, StateFile } from '../../lib/core/state.ts';
+import type { DomainState, Holder, StateFile } from '../../lib/core/state.ts';
 import { mappingsOf } from '../../lib/core/state.ts';
 import { createStore } from '../../lib/host/store.ts';
 import type { BridgePort, FlushRequest, InetAddress, Link, OtherHolder } from '../../lib/link/ports.ts';
@@ -20,6 +20,7 @@ import type { ElementReader } from '../../lib/nat/nft.ts';
 import { createNftEngine } from '../../lib/nat/nft.ts';
 import type { ElementData, ElementKey, Nft, TableListing } from '../../lib/nftables-json/index.ts';
 import { createFakeNft } from '../../lib/nftables-json/index.ts';
+import type { VmOwner } from '../../lib/ops/actions.ts';
 import type { Host, Store } from '../../lib/ops/host.ts';
 import type { SyncRequest } from '../../lib/ops/sync.ts';
 
@@ -58,6 +59,9 @@ export interface FakeHost extends Host {
   readonly log: string[];
   /** Active domains by VM id; undefined: libvirt does not answer. */
   active: Set<number> | undefined;
+  /** Hardware addresses of the interfaces of a domain; without an entry libvirt does not say. */
+  readonly interfaces: Map<number, readonly string[]>;
+  bootId: string;
   readonly dead: Set<number>;
   announcementError: string | undefined;
   /** Why the process that repeats announcements cannot be started. */
@@ -66,6 +70,8 @@ export interface FakeHost extends Host {
 }
 
 const IB_MTU = 2044;
+/** The boot that runs. */
+export const BOOT = 'boot';
 
 export function createFakeKernel(config: Config): FakeKernel {
   const links = new Map<string, FakeLink>();
@@ -117,6 +123,8 @@ export function createFakeHost(config: Config, options: FakeHostOptions = {}): F
     log,
     dead,
     active: new Set(),
+    interfaces: new Map(),
+    bootId: BOOT,
     announcementError: undefined,
     repeatError: undefined,
     probeError: undefined,
@@ -205,8 +213,12 @@ export function createFakeHost(config: Config, options: FakeHostOptions = {}): F
         log.push('domains');
         return host.active === undefined ? undefined : new Set([...host.active].map((vm) => `one-${vm}`));
       },
+      state: async (vm) => {
+        log.push(`domain ${vm}`);
+        return stateOf(host, vm);
+      },
     },
-    processes: { isAlive: (holder) => !dead.has(holder.pid), bootId: () => 'boot' },
+    processes: { isAlive: (holder) => !dead.has(holder.pid), bootId: () => host.bootId },
     withLock: (_, act) => {
       const run = queue.then(act);
       queue = run.catch(() => undefined);
@@ -217,10 +229,20 @@ export function createFakeHost(config: Config, options: FakeHostOptions = {}): F
   return host;
 }
 
+/** What `Domains.state` says of a host whose libvirt is told by hand. */
+export function stateOf({ active, interfaces }: Pick<FakeHost, 'active' | 'interfaces'>, vm: number): DomainState {
+  if (active === undefined) return { kind: 'unknown' };
+  if (!active.has(vm)) return { kind: 'inactive' };
+  const macs = interfaces.get(vm);
+  return { kind: 'active', macs: macs && new Set(macs.map((mac) => parseMac(mac))) };
+}
+
 /** The same host after its process ended and another began: same kernel, same files. */
 export function restarted(host: FakeHost, config: Config = host.config): FakeHost {
   const fresh = createFakeHost(config, { kernel: host.kernel, directory: host.store.directory });
   fresh.active = host.active;
+  fresh.bootId = host.bootId;
+  for (const [vm, macs] of host.interfaces) fresh.interfaces.set(vm, macs);
   for (const pid of host.dead) fresh.dead.add(pid);
   return fresh;
 }
@@ -458,8 +480,8 @@ export function mapping(
   });
 }
 
-export const vmOwner = (vm: number): Owner => ({ kind: 'vm', vm });
-export const holderOf = (pid: number): Holder => ({ pid, start: 1, bootId: 'boot' });
+export const vmOwner = (vm: number): VmOwner => ({ kind: 'vm', vm });
+export const holderOf = (pid: number): Holder => ({ pid, start: 1, bootId: BOOT });
 
 export function request(owner: Owner, wish: readonly Mapping[], more: Partial<SyncRequest> = {}): SyncRequest {
   return { owner, wish, action: 'add', holder: holderOf(1), ...more };

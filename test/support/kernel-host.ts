@@ -9,13 +9,12 @@ import { createLinks } from '../../lib/host/links.ts';
 import { withLock } from '../../lib/host/lock.ts';
 import { createElementReader } from '../../lib/host/nf-tables-read.ts';
 import { createProber } from '../../lib/host/prober.ts';
-import { bootId } from '../../lib/host/process.ts';
 import { createStore } from '../../lib/host/store.ts';
 import { createNftEngine } from '../../lib/nat/nft.ts';
 import { createNft } from '../../lib/nftables-json/index.ts';
 import type { Host } from '../../lib/ops/host.ts';
 import type { FakeFlow } from './fake-host.ts';
-import { CONFIG, temporaryDirectory } from './fake-host.ts';
+import { BOOT, CONFIG, stateOf, temporaryDirectory } from './fake-host.ts';
 import type { HostUnderTest } from './host-conformance.ts';
 import { requireOwnNetns } from './netns.ts';
 
@@ -114,6 +113,7 @@ export async function createKernelHost(): Promise<HostUnderTest> {
 export interface RealHost extends Host {
   /** Active domains by VM id; undefined: libvirt does not answer. */
   active: Set<number> | undefined;
+  readonly interfaces: Map<number, readonly string[]>;
   /** Pids that are taken to be dead. */
   readonly dead: Set<number>;
   /** Every command that reached nft: its JSON, or its arguments. */
@@ -129,6 +129,7 @@ export async function createRealHost(config: Config = CONFIG, directory = tempor
   const host: RealHost = {
     config,
     active: new Set(),
+    interfaces: new Map(),
     dead,
     nftInput,
     nat: createNftEngine({
@@ -147,8 +148,9 @@ export async function createRealHost(config: Config = CONFIG, directory = tempor
     store,
     domains: {
       active: async () => (host.active === undefined ? undefined : new Set([...host.active].map((vm) => `one-${vm}`))),
+      state: async (vm) => stateOf(host, vm),
     },
-    processes: { isAlive: (holder) => !dead.has(holder.pid), bootId },
+    processes: { isAlive: (holder) => !dead.has(holder.pid), bootId: () => BOOT },
     withLock: (who, act) => withLock(store.lockPath, { timeoutMs: 5_000, who }, act),
     now: () => new Date().toISOString(),
   };

@@ -7,9 +7,10 @@ import { KvmIbError } from '../../lib/core/errors.ts';
 import type { Config, Mapping } from '../../lib/core/mapping.ts';
 import { mappingsOf } from '../../lib/core/state.ts';
 import type { Links } from '../../lib/link/ports.ts';
+import { commit, undo } from '../../lib/ops/actions.ts';
 import type { Host } from '../../lib/ops/host.ts';
 import { reconcile } from '../../lib/ops/reconcile.ts';
-import { commit, sync, undo } from '../../lib/ops/sync.ts';
+import { sync } from '../../lib/ops/sync.ts';
 import { teardown } from '../../lib/ops/teardown.ts';
 import type { FakeHost, Snapshot } from '../support/fake-host.ts';
 import {

@@ -31,7 +31,7 @@ describe('parseActionCall', () => {
       action: 'deploy',
       vmId: 42,
       host: 'kvmib01',
-      deploymentFile: file,
+      args: { deploymentFile: file, host: 'kvmib01' },
     });
   });
 
@@ -42,24 +42,29 @@ describe('parseActionCall', () => {
         action,
         vmId: 42,
         host: 'kvmib01',
-        deployId,
+        args: { deployId, host: 'kvmib01' },
       });
     }
   });
 
   test.each([
-    ['save', [UUID, '/c', 'h1'], { deployId: UUID, checkpointFile: '/c', host: 'h1' }],
-    ['restore', ['/c', 'h1', UUID], { checkpointFile: '/c', host: 'h1', deployId: UUID }],
-    ['migrate', [UUID, 'h2', 'h1'], { deployId: UUID, destination: 'h2', source: 'h1' }],
+    ['save', 'release-after', [UUID, '/c', 'h1'], { deployId: UUID, checkpointFile: '/c', host: 'h1' }],
+    ['restore', 'sync-before', ['/c', 'h1', UUID], { checkpointFile: '/c', host: 'h1', deployId: UUID }],
+    ['migrate', 'refuse-if-mapped', [UUID, 'h2', 'h1'], { deployId: UUID, destination: 'h2', source: 'h1' }],
     [
       'attach_nic',
+      'sync-before',
       [UUID, '02:00:c0:a8:7b:0b', 'virbr1', '-', 'dummy', 'one-42-1'],
       { deployId: UUID, mac: '02:00:c0:a8:7b:0b', bridge: 'virbr1', model: '-', vnMad: 'dummy', target: 'one-42-1' },
     ],
-    ['detach_nic', [UUID, '02:00:c0:a8:7b:0b'], { deployId: UUID, mac: '02:00:c0:a8:7b:0b' }],
-  ])('reads %s, which is refused for a mapped VM', (action, own, args) => {
+    ['detach_nic', 'sync-after', [UUID, '02:00:c0:a8:7b:0b'], { deployId: UUID, mac: '02:00:c0:a8:7b:0b' }],
+    ['prereconfigure', 'check-before', [UUID, ''], { deployId: UUID, contextDevice: '' }],
+    ['reconfigure', 'sync-after', [UUID, 'hda', '/d'], { deployId: UUID, contextDevice: 'hda', contextImage: '/d' }],
+    ['snapshot_revert', 'sync-after', [UUID, 'snap-0'], { deployId: UUID, snapshotName: 'snap-0' }],
+    ['reset', 'repair-before', [UUID, 'h1'], { deployId: UUID, host: 'h1' }],
+  ])('reads %s', (action, treatment, own, args) => {
     const call = parseActionCall(action, [...own, '42', 'h1']);
-    expect(call).toEqual({ treatment: 'refuse-if-mapped', action, vmId: 42, host: 'h1', args });
+    expect(call).toEqual({ treatment, action, vmId: 42, host: 'h1', args });
   });
 
   test('takes the VM id from the end, so an argument that a later version adds does no harm', () => {
@@ -67,7 +72,7 @@ describe('parseActionCall', () => {
   });
 
   test('passes every other action and any unknown one without a look at its arguments', () => {
-    for (const action of ['reboot', 'reset', 'poll', 'resize', 'exec', 'snapshot_create', 'reconfigure', 'brand_new']) {
+    for (const action of ['attach_disk', 'poll', 'resize', 'exec', 'snapshot_create', 'brand_new']) {
       expect(parseActionCall(action, ['\n', ''])).toEqual({ treatment: 'pass', action });
     }
     for (const action of ['toString', '__proto__', 'constructor', '']) {
@@ -79,9 +84,12 @@ describe('parseActionCall', () => {
 
   test('knows each treatment by the name alone', () => {
     const by = (treatment: string) => Object.keys(ACTIONS).filter((action) => treatmentOf(action) === treatment);
-    expect(by('sync-before')).toEqual(['deploy']);
-    expect(by('release-after')).toEqual(['shutdown', 'cancel']);
-    expect(by('refuse-if-mapped')).toEqual(['save', 'restore', 'migrate', 'migrate_local', 'attach_nic', 'detach_nic']);
+    expect(by('sync-before')).toEqual(['deploy', 'restore', 'attach_nic']);
+    expect(by('repair-before')).toEqual(['reboot', 'reset']);
+    expect(by('check-before')).toEqual(['prereconfigure']);
+    expect(by('sync-after')).toEqual(['detach_nic', 'reconfigure', 'snapshot_revert']);
+    expect(by('release-after')).toEqual(['shutdown', 'cancel', 'save']);
+    expect(by('refuse-if-mapped')).toEqual(['migrate', 'migrate_local']);
     expect(Object.values(ACTIONS).filter((action) => action.stdin === 'domain')).toEqual([ACTIONS.deploy]);
   });
 

@@ -87,13 +87,14 @@ describe('parseActionData reads the shape of', () => {
       ],
       aliases: [],
       skipped: [],
+      contextNames: new Set(),
     });
   });
 
   test('6.2: an external alias', () => {
     const { vm } = parseActionData(fixture('cancel-6.2'));
     expect(vm.name).toBe('web\n42');
-    expect(vm.aliases).toEqual([{ parentId: 0, nic: 2, ip: '10.148.0.50', external: true, attach: false }]);
+    expect(vm.aliases).toEqual([{ parentId: 0, nic: 2, aliasId: 0, ip: '10.148.0.50', external: true, attach: false }]);
   });
 
   test('6.10: the NIC that is being attached, and one without an address', () => {
@@ -216,6 +217,7 @@ describe('wishedMappings', () => {
         vm: 42,
         nic: 0,
         label: 'ib0:42-0',
+        named: false,
       },
     ]);
     expect(sources.map((one) => one.source)).toEqual(['range']);
@@ -248,7 +250,13 @@ describe('wishedMappings', () => {
   test('leaves NICs on other bridges alone, whatever they hold', () => {
     const foreign = nicXml({ BRIDGE: 'virbr10', IP: 'fe80::1', MAC: 'x', NIC_ID: '1234' });
     const without = element('NIC', { NIC_ID: '7' });
-    expect(wish(foreign + without)).toEqual({ mappings: [], sources: [], networksTouched: [], notes: [] });
+    expect(wish(foreign + without)).toEqual({
+      mappings: [],
+      sources: [],
+      networksTouched: [],
+      unmapped: [],
+      notes: [],
+    });
   });
 
   test('takes the address that OpenNebula leased as an external alias first', () => {
@@ -285,13 +293,13 @@ describe('wishedMappings', () => {
     expect(out.notes).toEqual(['NIC 0 of VM 42 gets no IB address: its IB_IP is none']);
   });
 
-  test('leaves out what the action attaches or detaches, when asked', () => {
+  test('leaves out what it is told to', () => {
     const vm = parseVm(fixture('attach_nic-6.10'));
     expect(wishedMappings(config, vm).mappings.map((one) => one.nic)).toEqual([0, 1]);
-    expect(wishedMappings(config, vm, { attaching: 'exclude' }).mappings.map((one) => one.nic)).toEqual([0]);
-    const last = wish(nicXml({ ATTACH: 'YES' }), { attaching: 'exclude' });
+    expect(wishedMappings(config, vm, { without: new Set([1]) }).mappings.map((one) => one.nic)).toEqual([0]);
+    const last = wish(nicXml({ ATTACH: 'YES' }), { without: new Set([0]) });
     expect(last).toMatchObject({ mappings: [], networksTouched: [{ name: 'ib' }] });
-    const detached = wish(nicXml({}) + aliasXml({ ATTACH: 'YES' }), { attaching: 'exclude' });
+    const detached = wish(nicXml({}) + aliasXml({ ATTACH: 'YES' }), { without: new Set([2]) });
     expect(detached.mappings[0]?.address).toBe('10.148.0.10');
   });
 

@@ -3,9 +3,10 @@ import { afterEach, beforeEach, describe, expect, it, vi } from 'vitest';
 import type { Ipv4 } from '../../lib/core/address.ts';
 import type { Mapping } from '../../lib/core/mapping.ts';
 import { FIXED_PATHS, pathsFrom } from '../../lib/host/paths.ts';
+import { undo } from '../../lib/ops/actions.ts';
 import { status } from '../../lib/ops/inspect.ts';
 import { reconcile } from '../../lib/ops/reconcile.ts';
-import { sync, undo } from '../../lib/ops/sync.ts';
+import { sync } from '../../lib/ops/sync.ts';
 import type { FakeHost } from '../support/fake-host.ts';
 import {
   addressOf,

@@ -3,20 +3,23 @@ import { describe, expect, test } from 'vitest';
 import { KvmIbError } from '../../lib/core/errors.ts';
 import {
   LINE_LIMIT,
+  MODES,
   PROTOCOL_VERSION,
   parseAnswer,
-  parseSyncMessage,
+  parseMessage,
   parseVerdict,
+  versionOf,
 } from '../../lib/driver/protocol.ts';
 
 const hex = fc.integer({ min: 0, max: 255 }).map((byte) => byte.toString(16).padStart(2, '0'));
 const ipv4 = fc.ipV4();
+const numbers = fc.array(fc.integer({ min: 0, max: 99 }), { maxLength: 100 });
 const message = fc.record({
   version: fc.constant(PROTOCOL_VERSION),
   verb: fc.constant('sync'),
   vm: fc.integer({ min: 0, max: 99_999_999 }),
   action: fc.constantFrom('deploy', 'shutdown', 'cancel', 'attach_nic'),
-  pending: fc.boolean(),
+  mode: fc.constantFrom(...MODES),
   holder: fc.record({ pid: fc.integer({ min: 2, max: 4_194_304 }), start: fc.nat() }),
   nics: fc.array(
     fc.record({
@@ -28,6 +31,10 @@ const message = fc.record({
     }),
     { maxLength: 100 },
   ),
+  unmapped: numbers,
+  keep: numbers,
+  attaching: numbers,
+  detachedAliases: numbers,
 });
 
 describe('a request', () => {
@@ -36,7 +43,7 @@ describe('a request', () => {
       fc.property(message, (one) => {
         const line = JSON.stringify(one);
         expect(line.length).toBeLessThan(LINE_LIMIT);
-        expect(parseSyncMessage(line)).toEqual(one);
+        expect(parseMessage(line)).toEqual(one);
       }),
     );
   });
@@ -48,7 +55,7 @@ describe('a request', () => {
         const key = keys[which % keys.length] ?? 'vm';
         const line = JSON.stringify({ ...one, [key]: garbage });
         try {
-          expect(JSON.stringify(parseSyncMessage(line))).toBe(JSON.stringify(JSON.parse(line)));
+          expect(parseMessage(line)).toEqual(JSON.parse(line));
         } catch (error) {
           expect(error).toBeInstanceOf(KvmIbError);
           expect(error).toMatchObject({ code: 'bad-input', fix: expect.any(String) });
@@ -61,7 +68,7 @@ describe('a request', () => {
   test('that is any text is refused as bad input, never otherwise', () => {
     fc.assert(
       fc.property(fc.oneof(fc.string(), fc.json()), (text) => {
-        for (const parse of [parseSyncMessage, parseVerdict]) {
+        for (const parse of [parseMessage, parseVerdict]) {
           expect(() => parse(text)).toThrow(expect.objectContaining({ code: 'bad-input' }));
         }
       }),
@@ -70,13 +77,34 @@ describe('a request', () => {
 
   test.each([
     [PROTOCOL_VERSION + 1, 'upgrade kvm-ib on this host'],
-    [PROTOCOL_VERSION - 1, 'upgrade the driver on the front-end'],
+    [0, 'upgrade the driver on the front-end'],
   ])('of version %i says what to upgrade', (version, fix) => {
     const line = JSON.stringify({ version, verb: 'something new' });
-    expect(() => parseSyncMessage(line)).toThrow(
+    expect(() => parseMessage(line)).toThrow(
       expect.objectContaining({ code: 'bad-input', fix: expect.stringContaining(fix) }),
     );
   });
+});
+
+test('a request of version 1, from a driver that is upgraded after the host, is served', () => {
+  const nics = [{ nic: 0, guest: '192.168.122.2', address: null, mac: '02:00:c0:a8:7a:02', bridge: 'virbr1' }];
+  const old = { version: 1, verb: 'sync', vm: 42, action: 'deploy', holder: { pid: 2, start: 1 } };
+  const none = { unmapped: [], keep: [], attaching: [], detachedAliases: [] };
+  const read = (request: object) => parseMessage(JSON.stringify(request));
+  expect(read({ ...old, nics, pending: true })).toEqual({ ...old, nics, mode: 'start', ...none });
+  expect(read({ ...old, nics: [], pending: false })).toEqual({ ...old, nics: [], mode: 'release', ...none });
+  expect(versionOf(JSON.stringify(old))).toBe(1);
+  for (const line of ['', 'null', '{}', '{"version":"1"}', '[1]', '{"version":7}']) {
+    expect(versionOf(line)).toBe(PROTOCOL_VERSION);
+  }
+});
+
+test('settle names a VM and nothing else', () => {
+  const line = (more: object) => JSON.stringify({ version: PROTOCOL_VERSION, verb: 'settle', ...more });
+  expect(parseMessage(line({ vm: 42 }))).toEqual({ version: PROTOCOL_VERSION, verb: 'settle', vm: 42 });
+  for (const more of [{}, { vm: -1 }, { vm: '42' }, { vm: 42, nics: [] }, { vm: 1e9 }]) {
+    expect(() => parseMessage(line(more))).toThrow(expect.objectContaining({ code: 'bad-input' }));
+  }
 });
 
 test('a verdict is one of two', () => {

@@ -4,12 +4,14 @@ import { join } from 'node:path';
 import fc from 'fast-check';
 import { beforeEach, describe, expect, it } from 'vitest';
 import type { Config, Mapping, Owner } from '../../lib/core/mapping.ts';
+import { commit, undo } from '../../lib/ops/actions.ts';
 import { reconcile } from '../../lib/ops/reconcile.ts';
-import { commit, sync, undo } from '../../lib/ops/sync.ts';
+import { sync } from '../../lib/ops/sync.ts';
 import { teardown } from '../../lib/ops/teardown.ts';
 import type { FakeHost } from '../support/fake-host.ts';
 import {
   addressOf,
+  BOOT,
   CONFIG,
   claimsFor,
   createFakeHost,
@@ -111,7 +113,7 @@ describe('a VM', () => {
     host.active = new Set([3]);
     expect(await reconcile(host)).toMatchObject({ released: ['vm-2'], left: [] });
     expectHeld(mapping(3));
-    expect(host.store.read(vmOwner(3))?.phase).toEqual({ name: 'active' });
+    expect(host.store.read(vmOwner(3))?.phase).toEqual({ name: 'active', bootId: BOOT });
   });
 
   it('whose action died is left alone while libvirt does not answer', async () => {
@@ -423,6 +425,7 @@ describe('two claims on one address', () => {
       mappings: [other],
       previous: [],
       leftovers: [],
+      detachedAliases: [],
       updated: '',
     });
     host.active = new Set([9]);

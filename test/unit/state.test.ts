@@ -17,6 +17,7 @@ function file(more: Partial<StateFile> = {}): StateFile {
     mappings: [mapping(2)],
     previous: [],
     leftovers: [],
+    detachedAliases: [],
     updated: '2026-01-01T00:00:00.000Z',
     ...more,
   };
@@ -82,10 +83,21 @@ describe('the mappings that a file may have in the kernel', () => {
 
 describe('the verdict on a file', () => {
   const manual = { kind: 'manual', guest: guestOf(2) } as const;
+  const active = (bootId: string) => ({ name: 'active', bootId }) as const;
   it.each([
     ['an active VM with its domain', file(), false, true, 'keep'],
     ['an active VM without its domain', file(), false, false, 'release'],
-    ['an active VM when libvirt is silent', file(), false, undefined, 'keep'],
+    ['an active VM when libvirt is silent', file({ phase: active('boot') }), false, undefined, 'keep'],
+    ['an active VM of an older version when libvirt is silent', file(), false, undefined, 'keep'],
+    [
+      'an active VM of another boot when libvirt is silent',
+      file({ phase: active('other') }),
+      false,
+      undefined,
+      'leave',
+    ],
+    ['an active VM of another boot with its domain', file({ phase: active('other') }), false, true, 'keep'],
+    ['an active VM of another boot without its domain', file({ phase: active('other') }), false, false, 'release'],
     ['a pending VM whose action lives', file({ phase: pending }), true, false, 'leave'],
     ['a pending VM whose action died, with its domain', file({ phase: pending }), false, true, 'keep'],
     ['a pending VM whose action died, without its domain', file({ phase: pending }), false, false, 'release'],
@@ -96,6 +108,6 @@ describe('the verdict on a file', () => {
     ['a mapping by hand whose command died', file({ owner: manual, phase: pending }), false, undefined, 'keep'],
     ['a mapping by hand whose command lives', file({ owner: manual, phase: pending }), true, undefined, 'leave'],
   ] as const)('of %s', (_, of, holderAlive, domainActive, expected) => {
-    expect(verdictOf(of, holderAlive, domainActive)).toBe(expected);
+    expect(verdictOf(of, holderAlive, domainActive, 'boot')).toBe(expected);
   });
 });

@@ -27,7 +27,16 @@ beforeEach(() => {
 
 function file(owner: Owner, mappings: readonly Mapping[], previous: readonly Mapping[] = []): StateFile {
   const updated = '2026-01-01T00:00:00.000Z';
-  return { version: STATE_VERSION, owner, phase: { name: 'active' }, mappings, previous, leftovers: [], updated };
+  return {
+    version: STATE_VERSION,
+    owner,
+    phase: { name: 'active' },
+    mappings,
+    previous,
+    leftovers: [],
+    detachedAliases: [],
+    updated,
+  };
 }
 
 const pathOf = (name: string) => join(directory, 'mappings', `${name}.json`);

@@ -1,11 +1,13 @@
 /** sync, commit and undo on the fake host: what they do, in which order, and what they refuse. */
 import { beforeEach, describe, expect, it } from 'vitest';
 import type { Mapping } from '../../lib/core/mapping.ts';
+import { commit, release, undo } from '../../lib/ops/actions.ts';
 import { reconcile } from '../../lib/ops/reconcile.ts';
-import { commit, sync, undo } from '../../lib/ops/sync.ts';
+import { sync } from '../../lib/ops/sync.ts';
 import type { FakeHost } from '../support/fake-host.ts';
 import {
   addressOf,
+  BOOT,
   CONFIG,
   claimsFor,
   createFakeHost,
@@ -242,6 +244,7 @@ describe('a deploy', () => {
   it('that is undone goes back to what the VM had', async () => {
     await add(mapping(2));
     const before = snapshot(host);
+    host.active = new Set([2]);
     await deploy(mapping(2, { to: 6 }));
     await undo(host, owner, holder, 'deploy');
     expect(snapshot(host)).toEqual(before);
@@ -262,14 +265,16 @@ describe('a deploy', () => {
 
   it('that a cancel overtook is mapped after all if its domain runs, and not if it does not', async () => {
     for (const running of [false, true]) {
+      host.active = new Set();
       await deploy();
-      await sync(host, request(owner, [], { action: 'cancel', holder: holderOf(78) }));
+      const cancelled = await release(host, { owner, action: 'cancel', holder: holderOf(78) });
+      expect(cancelled.warnings).toEqual(['deploy of vm-2 is under way and decides at its end']);
       host.active = new Set(running ? [2] : []);
       await commit(host, owner, holder, [mapping(2)]);
       if (running) expectHeld(mapping(2));
       else expectHeld();
     }
-    expect(host.store.read(owner)?.phase).toEqual({ name: 'active' });
+    expect(host.store.read(owner)?.phase).toEqual({ name: 'active', bootId: BOOT });
   });
 
   it('that failed while its domain runs keeps its mapping, and says so', async () => {
@@ -278,7 +283,7 @@ describe('a deploy', () => {
     const { warnings } = await undo(host, owner, holder, 'deploy');
     expect(warnings.join()).toContain('deploy failed, but the domain of vm-2 is active');
     expectHeld(mapping(2));
-    expect(host.store.read(owner)?.phase).toEqual({ name: 'active' });
+    expect(host.store.read(owner)?.phase).toEqual({ name: 'active', bootId: BOOT });
   });
 
   it('after one that died half-way forgets nothing of that one', async () => {
@@ -291,6 +296,7 @@ describe('a deploy', () => {
       previous: [mapping(2)],
       leftovers: [mapping(2, { to: 6 })],
     });
+    host.active = undefined;
     await undo(host, owner, holderOf(79), 'deploy');
     expectHeld(mapping(2));
   });

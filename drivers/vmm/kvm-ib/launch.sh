@@ -12,7 +12,8 @@ action=${0##*/}
 stock=$dir/../kvm/$action
 
 case $action in
-  deploy | shutdown | cancel | save | restore | migrate | migrate_local | attach_nic | detach_nic) ;;
+  deploy | shutdown | cancel | save | restore | reboot | reset | migrate | migrate_local) ;;
+  attach_nic | detach_nic | prereconfigure | reconfigure | snapshot_revert) ;;
   *) exec "$stock" "$@" ;;
 esac
 

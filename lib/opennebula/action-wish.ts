@@ -1,0 +1,76 @@
+/**
+ * What one action wants of a VM's mappings. Most of it is `wishedMappings`; what is special is the NIC or alias that
+ * OpenNebula marks with ATTACH=YES, in the same way whether it comes or goes.
+ *
+ * The action's name tells for a NIC. For an alias no action of its own exists: OpenNebula calls prereconfigure and
+ * reconfigure for attach and detach alike, and detach_nic with the alias's MAC when the attach failed. Then it is the VM's context
+ * that tells: oned writes it anew before both, with `ETH<parent>_ALIAS<n>_…` when the alias comes, without when it goes (read in
+ * VirtualMachineContext.cc of 6.0.0 to 7.4.0). A VM without network context has no such variables; there an alias that is in effect
+ * goes, and one that is not comes, unless it went before, since oned never gives a NIC_ID again.
+ */
+import type { KvmIbError } from '../core/errors.ts';
+import type { Config, Mapping } from '../core/mapping.ts';
+import type { NicAlias, Vm } from './action-data.ts';
+import type { KnownAction } from './contract.ts';
+import type { Wish } from './mappings.ts';
+import { wishedMappings } from './mappings.ts';
+
+/** What the VM has on this host, from its state file. */
+export interface Held {
+  readonly mappings: readonly Mapping[];
+  readonly detachedAliases: readonly number[];
+}
+
+export interface ActionWish extends Wish {
+  /** NICs that cannot be mapped as they are and keep what they have. */
+  readonly keep: readonly number[];
+  /** NICs that the action plugs in. */
+  readonly attaching: readonly number[];
+  /** Aliases that come with this action. */
+  readonly attachedAliases: readonly number[];
+  /** Aliases that go with this action. */
+  readonly detachedAliases: readonly number[];
+}
+
+/** Actions before which the VM has no domain here, or a domain that wakes up: all or nothing. */
+const STARTING: readonly KnownAction[] = ['deploy', 'restore'];
+
+/** @throws KvmIbError as `wishedMappings`, for the NIC that the action attaches and for a VM that is started */
+export function wishOfAction(config: Config, vm: Vm, action: KnownAction, held: Held): ActionWish {
+  const without = new Set<number>();
+  const attaching: number[] = [];
+  for (const { nic } of vm.nics.filter((one) => one.attach)) {
+    if (action === 'attach_nic') attaching.push(nic);
+    // Behind attach_nic it is held by now, behind detach_nic it is not any more.
+    else if (action === 'detach_nic' || !held.mappings.some((m) => m.nic === nic)) without.add(nic);
+  }
+  const attachedAliases: number[] = [];
+  const detachedAliases: number[] = [];
+  for (const alias of vm.aliases.filter((one) => one.attach)) {
+    if (action === 'detach_nic' || isLeaving(vm, alias, held)) detachedAliases.push(alias.nic);
+    else attachedAliases.push(alias.nic);
+    if (action === 'attach_nic' || detachedAliases.includes(alias.nic)) without.add(alias.nic);
+  }
+  const keep: number[] = [];
+  const faults: string[] = [];
+  const wish = wishedMappings(config, vm, {
+    without,
+    onFault: ({ nic }, error) => {
+      if (STARTING.includes(action) || attaching.includes(nic)) throw error;
+      if (held.mappings.some((m) => m.nic === nic)) keep.push(nic);
+      faults.push(faultNote(error));
+    },
+  });
+  return { ...wish, notes: [...wish.notes, ...faults], keep, attaching, attachedAliases, detachedAliases };
+}
+
+function isLeaving(vm: Vm, alias: NicAlias, held: Held): boolean {
+  const prefix = `ETH${alias.parentId}_ALIAS${alias.aliasId}_`;
+  if ([...vm.contextNames].some((name) => name.startsWith(prefix))) return false;
+  if (held.detachedAliases.includes(alias.nic)) return true;
+  return held.mappings.some((m) => m.nic === alias.parentId && m.address === alias.ip);
+}
+
+function faultNote(error: KvmIbError): string {
+  return `${error.message}: ${error.why ?? 'it cannot be'}; what it has stays until the VM is started anew`;
+}

@@ -1,0 +1,219 @@
+/**
+ * What the actions of OpenNebula come to, in steps of `sync`: most begin before the stock script and end with its verdict.
+ * Between the two the state file is pending, so that reconcile, other actions and whoever comes after a crash know.
+ *
+ * Where libvirt can say what the domain of a running VM has, it is asked before the lock is taken.
+ */
+import type { Mapping, Owner } from '../core/mapping.ts';
+import { domainName, ownerName, sameMapping } from '../core/mapping.ts';
+import { plan } from '../core/plan.ts';
+import type { DomainState, Holder, StateFile, VmWish } from '../core/state.ts';
+import { wishOfDomain } from '../core/state.ts';
+import { apply } from './apply.ts';
+import type { Host } from './host.ts';
+import { observeMappings } from './observe.ts';
+import type { DomainView, SyncRequest, SyncResult } from './sync.ts';
+import { activeFile, nothingDone, sync, syncLocked } from './sync.ts';
+
+export type VmOwner = Extract<Owner, { kind: 'vm' }>;
+
+export interface ActionRequest {
+  readonly owner: VmOwner;
+  /** `deploy`, `attach_nic`, … */
+  readonly action: string;
+  /** The process that the outcome depends on. */
+  readonly holder: Holder;
+  readonly wish: VmWish;
+  /** Whether a mapping that the VM has stays as it is, whatever the wish says of that NIC. */
+  readonly keep?: (held: Mapping) => boolean;
+  /** NIC numbers of aliases that this action detaches. */
+  readonly detachedAliases?: readonly number[];
+}
+
+/** Before the stock script starts the domain: the kernel holds the wish, the file is pending. */
+export function start(host: Host, request: ActionRequest): Promise<SyncResult> {
+  return sync(host, { ...plain(request), pending: true });
+}
+
+/** Before the stock script changes a running domain: as `start`, for the NICs that it has and those that are attached. */
+export async function prepare(host: Host, request: ActionRequest): Promise<SyncResult> {
+  return sync(host, { ...plain(request), domain: await viewOf(host, request), pending: true });
+}
+
+/** What `prepare` would do. @throws KvmIbError as `sync` would */
+export async function check(host: Host, request: ActionRequest): Promise<SyncResult> {
+  return sync(host, { ...plain(request), domain: await viewOf(host, request), dryRun: true });
+}
+
+/** After the stock script changed a running domain. */
+export async function follow(host: Host, request: ActionRequest): Promise<SyncResult> {
+  return sync(host, { ...plain(request), domain: await viewOf(host, request) });
+}
+
+/**
+ * Before the stock script takes NICs from a running domain: the file is pending, the kernel is not touched. Should nobody
+ * bring the verdict, reconcile asks the domain.
+ */
+export function mark(host: Host, { owner, action, holder }: ActionRequest): Promise<SyncResult> {
+  return host.withLock(`${action} ${ownerName(owner)}`, async () => {
+    const file = host.store.read(owner);
+    if (file !== undefined && file.phase.name !== 'removing') {
+      const previous = file.phase.name === 'pending' ? file.previous : file.mappings;
+      const phase = { name: 'pending', action, holder } as const;
+      host.store.write({ ...file, phase, previous, updated: host.now() });
+    }
+    return nothingDone(owner);
+  });
+}
+
+/** After `mark`, when the stock script succeeded: what the domain has now; nothing, when it has gone. */
+export async function finish(host: Host, request: ActionRequest): Promise<SyncResult> {
+  const { owner, action, holder } = request;
+  const domain = await host.domains.state(owner.vm);
+  return host.withLock(`finish ${action} of ${ownerName(owner)}`, async () => {
+    const file = host.store.read(owner);
+    // Another action began meanwhile, and brings it right.
+    if (otherUnderWay(host, file, holder)) return nothingDone(owner);
+    if (domain.kind === 'inactive') return syncLocked(host, { owner, wish: [], action, holder });
+    return syncLocked(host, { ...plain(request), domain: domainView(request, domain) });
+  });
+}
+
+/**
+ * After `start` or `prepare`, when the stock script succeeded: the file becomes active.
+ * @param wish what the action mapped: taken up again when its file is gone but the domain is there, as after a
+ *   `kvm-ib remove` that came in between
+ */
+export function commit(host: Host, owner: Owner, holder: Holder, wish: readonly Mapping[] = []): Promise<SyncResult> {
+  return host.withLock(`commit ${ownerName(owner)}`, async () => {
+    const file = host.store.read(owner);
+    const own = pendingBy(file, holder);
+    if (own !== undefined) {
+      const isGone = own.phase.overtaken === true && (await domainOf(host, owner)).kind === 'inactive';
+      return isGone ? syncLocked(host, { owner, wish: [], action: 'commit', holder }) : activate(host, own);
+    }
+    const other = otherUnderWay(host, file, holder);
+    if (other !== undefined) {
+      // Another action of this VM took over. Should that one fail, this is what it goes back to.
+      if (wish.length > 0) host.store.write({ ...other, previous: wish });
+      return nothingDone(owner);
+    }
+    const isMissing = file === undefined && wish.length > 0 && (await domainOf(host, owner)).kind === 'active';
+    return isMissing ? syncLocked(host, { owner, wish, action: 'commit', holder }) : nothingDone(owner);
+  });
+}
+
+async function activate(host: Host, file: StateFile): Promise<SyncResult> {
+  const { owner, mappings } = file;
+  // The taps exist only now: the action's own sync could not see them.
+  const observed = await observeMappings(host, mappings, [], mappings);
+  const changes = plan({ want: mappings, release: [] }, observed);
+  const { flushed, warnings } = await apply(host, changes, () =>
+    host.store.write(activeFile(host, owner, mappings, file.detachedAliases)),
+  );
+  return { owner: ownerName(owner), changes, flushed, warnings };
+}
+
+/**
+ * After `start`, `prepare` or `mark`, when the stock script failed: back to what the owner had before, as far as the domain
+ * still has it. What the domain has in spite of the failure, as when a late step of the script failed, stays mapped. Nothing is
+ * done when another action took over.
+ */
+export async function undo(host: Host, owner: Owner, holder: Holder, action: string): Promise<SyncResult> {
+  const domain = await domainOf(host, owner);
+  return host.withLock(`undo ${ownerName(owner)}`, async () => {
+    const file = pendingBy(host.store.read(owner), holder);
+    if (file === undefined) return nothingDone(owner);
+    const wish = wishAfterFailure(file, domain);
+    const result = await syncLocked(host, { owner, wish, action: `undo ${action}`, holder });
+    const stays = wish.filter((m) => !file.previous.some((old) => sameMapping(m, old)));
+    if (stays.length === 0) return result;
+    const pairs = stays.map((m) => `${m.guest} <-> ${m.address}`).join(', ');
+    const warning = `${action} failed, but the domain of ${ownerName(owner)} is active and has ${pairs}: that stays`;
+    return { ...result, warnings: [...result.warnings, warning] };
+  });
+}
+
+function wishAfterFailure(file: StateFile, domain: DomainState): readonly Mapping[] {
+  const { mappings, previous } = file;
+  switch (domain.kind) {
+    case 'unknown':
+      return previous;
+    case 'inactive':
+      return [];
+    case 'active':
+      if (domain.macs !== undefined) {
+        return wishOfDomain({ mappings: previous, unmapped: [], attaching: [] }, mappings, domain.macs);
+      }
+      return previous.length > 0 ? previous : mappings;
+  }
+}
+
+/**
+ * After the stock script ended the domain: nothing is mapped any more. A pending action of the same VM that is under way
+ * decides by itself at its end, and is told to look; and where the domain is active, because the VM was deployed anew
+ * meanwhile, nothing is released.
+ */
+export async function release(host: Host, { owner, action, holder }: Omit<ActionRequest, 'wish'>): Promise<SyncResult> {
+  const domain = await host.domains.state(owner.vm);
+  return host.withLock(`${action} ${ownerName(owner)}`, async () => {
+    const other = otherUnderWay(host, host.store.read(owner), holder);
+    if (other !== undefined) {
+      host.store.write({ ...other, phase: { ...other.phase, overtaken: true } });
+      return nothingDone(owner, `${other.phase.action} of ${ownerName(owner)} is under way and decides at its end`);
+    }
+    if (domain.kind === 'active') {
+      return nothingDone(owner, `${domainName(owner.vm)} is active again: its mappings stay`);
+    }
+    return syncLocked(host, { owner, wish: [], action, holder });
+  });
+}
+
+/** Releases a VM whose domain is not active, and nothing else: for state hooks, and after a stock script that failed. */
+export async function settle(host: Host, owner: VmOwner, holder: Holder): Promise<SyncResult> {
+  const domain = await host.domains.state(owner.vm);
+  return host.withLock(`settle ${ownerName(owner)}`, async () => {
+    const file = host.store.read(owner);
+    if (file === undefined) return nothingDone(owner);
+    if (domain.kind === 'unknown') {
+      return nothingDone(owner, `libvirt does not answer: ${ownerName(owner)} is left to reconcile`);
+    }
+    if (domain.kind === 'active' || otherUnderWay(host, file, holder)) return nothingDone(owner);
+    return syncLocked(host, { owner, wish: [], action: 'settle', holder });
+  });
+}
+
+function plain({ owner, action, holder, wish, detachedAliases = [] }: ActionRequest): SyncRequest {
+  return { owner, action, holder, wish: wish.mappings, detachedAliases };
+}
+
+async function viewOf(host: Host, request: ActionRequest): Promise<DomainView> {
+  return domainView(request, await host.domains.state(request.owner.vm));
+}
+
+function domainView({ wish, keep = () => false }: ActionRequest, domain: DomainState): DomainView {
+  return { ...wish, keep, macs: domain.kind === 'active' ? domain.macs : undefined };
+}
+
+async function domainOf(host: Host, owner: Owner): Promise<DomainState> {
+  return owner.kind === 'vm' ? host.domains.state(owner.vm) : { kind: 'unknown' };
+}
+
+type PendingFile = StateFile & { readonly phase: Extract<StateFile['phase'], { name: 'pending' }> };
+
+function isPending(file: StateFile | undefined): file is PendingFile {
+  return file?.phase.name === 'pending';
+}
+
+/** The file, if it is this action's own. */
+function pendingBy(file: StateFile | undefined, holder: Holder): PendingFile | undefined {
+  if (!isPending(file)) return undefined;
+  const { pid, start: since, bootId } = file.phase.holder;
+  return pid === holder.pid && since === holder.start && bootId === holder.bootId ? file : undefined;
+}
+
+/** The file, if another action is at work on it. */
+function otherUnderWay(host: Host, file: StateFile | undefined, holder: Holder): PendingFile | undefined {
+  if (!isPending(file) || pendingBy(file, holder) !== undefined) return undefined;
+  return host.processes.isAlive(file.phase.holder) ? file : undefined;
+}

@@ -27,6 +27,16 @@ if (await repeatAnnouncements(process.argv)) process.exit(0);
 // A change that has begun is finished or undone: a hang-up of the ssh session must not cut it in half.
 for (const signal of ['SIGHUP', 'SIGINT', 'SIGTERM', 'SIGPIPE'] as const) process.on(signal, () => undefined);
 
+const BEGIN: Readonly<Record<Mode, (host: Host, request: ActionRequest) => Promise<SyncResult>>> = {
+  start,
+  restart: prepare,
+  plug: prepare,
+  unplug: mark,
+  follow,
+  check,
+  release,
+};
+
 let version = PROTOCOL_VERSION;
 process.exit(await main());
 
@@ -62,16 +72,6 @@ async function serve(): Promise<number> {
   accept(await conclude(host, message.mode, request, parseVerdict(verdict)));
   return 0;
 }
-
-const BEGIN: Readonly<Record<Mode, (host: Host, request: ActionRequest) => Promise<SyncResult>>> = {
-  start,
-  restart: prepare,
-  plug: prepare,
-  unplug: mark,
-  follow,
-  check,
-  release,
-};
 
 function conclude(host: Host, mode: Mode, request: ActionRequest, verdict: 'commit' | 'undo'): Promise<SyncResult> {
   const { owner, action, holder, wish } = request;

@@ -28,6 +28,8 @@ import { endLike, runStock, succeeded } from './stock.ts';
 const STDIN_LIMIT = 64 * 1024 * 1024;
 const STDIN_TIMEOUT_MS = millisecondsFrom(process.env['KVM_IB_STDIN_TIMEOUT_MS']) ?? 60_000;
 
+const NOTHING_HELD: Held = { mappings: [], detachedAliases: [] };
+
 interface Context {
   readonly config: Config;
   readonly store: Store;
@@ -224,8 +226,6 @@ function readDeployment(
   const mtus = new Map(wish.networksTouched.map((network) => [String(network.bridge), deviceMtu(network.device)]));
   return { wish, xml: spliceMtu(xml, mtus).xml };
 }
-
-const NOTHING_HELD: Held = { mappings: [], detachedAliases: [] };
 
 function readWish({ config, store }: Context, call: OwnCall, vm: Vm): ActionWish {
   return wishOfAction(config, vm, call.action, heldBy(store, vm.id) ?? NOTHING_HELD);

@@ -69,7 +69,8 @@ function engine(env: Readonly<Record<string, string>> = {}): Running {
 
 const holder = { pid: ownIdentity().pid, start: ownIdentity().start };
 const nic = { nic: 0, guest: '192.168.122.2', address: null, mac: '02:00:c0:a8:7a:02', bridge: 'virbr1' };
-const request = { version: 1, verb: 'sync', vm: 42, action: 'deploy', pending: true, holder, nics: [nic] };
+const none = { unmapped: [], keep: [], attaching: [], detachedAliases: [] };
+const request = { version: 2, verb: 'sync', vm: 42, action: 'deploy', mode: 'start', holder, nics: [nic], ...none };
 const aliases = () => tool('/usr/sbin/ip', '-o', '-4', 'addr', 'show', 'dev', 'ib0');
 
 /** One request that must be refused with nothing changed. */
@@ -78,7 +79,7 @@ async function refused(what: object | string, env: Readonly<Record<string, strin
   const one = engine(env);
   one.say(what);
   const answer = await one.hear();
-  expect(answer).toMatchObject({ version: 1, ok: false });
+  expect(answer).toMatchObject({ version: 2, ok: false });
   expect(await one.hear()).toBeUndefined();
   expect(await one.end()).toBe(answer?.error?.exit);
   expect(rig.snapshot()).toEqual(before);
@@ -90,11 +91,21 @@ describe('a request', () => {
     const one = engine();
     one.say(request);
     const answer = await one.hear();
-    expect(answer).toMatchObject({ version: 1, ok: true, warnings: [] });
+    expect(answer).toMatchObject({ version: 2, ok: true, warnings: [] });
     expect(answer?.changes).toContain('+ alias     192.168.10.202/32 on ib0 (ib0:42-0)');
     expect(rig.phases()).toEqual({ 'vm-42': 'pending' });
     one.say({ verb: 'commit' });
     expect(await one.hear()).toMatchObject({ ok: true });
+    expect(await one.end()).toBe(0);
+    expect(rig.phases()).toEqual({ 'vm-42': 'active' });
+  });
+
+  test('of version 1, from a driver that is older than the engine, is served in its version', async () => {
+    const one = engine();
+    one.say({ version: 1, verb: 'sync', vm: 42, action: 'deploy', pending: true, holder, nics: [nic] });
+    expect(await one.hear()).toMatchObject({ version: 1, ok: true, warnings: [] });
+    one.say({ verb: 'commit' });
+    expect(await one.hear()).toMatchObject({ version: 1, ok: true });
     expect(await one.end()).toBe(0);
     expect(rig.phases()).toEqual({ 'vm-42': 'active' });
   });
@@ -152,7 +163,7 @@ describe('a request', () => {
   });
 
   test('of another version is answered with what to upgrade', async () => {
-    expect((await refused({ ...request, version: 2 }))?.fix).toContain('upgrade kvm-ib on this host');
+    expect((await refused({ ...request, version: 3 }))?.fix).toContain('upgrade kvm-ib on this host');
     expect((await refused({ ...request, version: 0 }))?.fix).toContain('onehost sync');
   });
 

@@ -15,12 +15,35 @@ export interface TestVm {
   readonly name: string;
   readonly uuid: string;
   readonly nics: readonly TestNic[];
+  readonly aliases?: readonly TestAlias[];
+  /** LCM_STATE; 3 (RUNNING) where it is not given. */
+  readonly lcmState?: number;
+  /**
+   * With CONTEXT as oned writes it where NETWORK=YES: variables of every NIC and alias, without those that are being
+   * detached. Where it is not given the VM has none.
+   */
+  readonly context?: { readonly leaving: readonly number[] };
 }
 
 export interface TestNic {
   readonly bridge: string;
   readonly mac: string;
   readonly ip: string;
+  /** NIC_ID; its place in the list where it is not given. */
+  readonly id?: number;
+  readonly attach?: boolean;
+  readonly ibIp?: string;
+}
+
+/** An external NIC_ALIAS. */
+export interface TestAlias {
+  readonly id: number;
+  readonly parent: number;
+  /** ALIAS_ID. */
+  readonly aliasId: number;
+  readonly ip: string;
+  readonly mac: string;
+  readonly attach?: boolean;
 }
 
 export interface DomainBoot {
@@ -95,7 +118,8 @@ export function vmXml(vm: TestVm, hostName: string): string {
     Object.entries(fields)
       .map(([name, value]) => `<${name}><![CDATA[${value}]]></${name}>`)
       .join('');
-  const nics = vm.nics.map((nic, n) => {
+  const nics = vm.nics.map((nic, place) => {
+    const n = nic.id ?? place;
     const fields = {
       AR_ID: 0,
       BRIDGE: nic.bridge,
@@ -111,20 +135,56 @@ export function vmXml(vm: TestVm, hostName: string): string {
       SECURITY_GROUPS: 0,
       TARGET: `one-${vm.id}-${n}`,
       VN_MAD: 'dummy',
+      ...(nic.attach ? { ATTACH: 'YES' } : {}),
+      ...(nic.ibIp === undefined ? {} : { IB_IP: nic.ibIp }),
     };
     return `<NIC>${cdata(fields)}</NIC>`;
   });
+  const aliases = (vm.aliases ?? []).map(({ id, parent, aliasId, ip, mac, attach }) => {
+    const fields = {
+      ALIAS_ID: aliasId,
+      ...(attach ? { ATTACH: 'YES' } : {}),
+      BRIDGE: 'virbr1',
+      EXTERNAL: 'YES',
+      IP: ip,
+      MAC: mac,
+      NAME: `NIC${parent}_ALIAS${id}`,
+      NETWORK: 'ipoib',
+      NETWORK_ID: 8,
+      NIC_ID: id,
+      PARENT: `NIC${parent}`,
+      PARENT_ID: parent,
+      TARGET: `one-${vm.id}-${id}`,
+      VN_MAD: 'dummy',
+    };
+    return `<NIC_ALIAS>${cdata(fields)}</NIC_ALIAS>`;
+  });
+  const context = vm.context === undefined ? '' : `<CONTEXT>${cdata(contextFields(vm, vm.context.leaving))}</CONTEXT>`;
   const history =
     `<HISTORY><OID>${vm.id}</OID><SEQ>0</SEQ><HOSTNAME>${hostName}</HOSTNAME><HID>3</HID><CID>0</CID>` +
     '<STIME>1787200030</STIME><ETIME>0</ETIME><VM_MAD><![CDATA[kvm-ib]]></VM_MAD><TM_MAD><![CDATA[qcow2]]></TM_MAD>' +
     '<DS_ID>0</DS_ID></HISTORY>';
   return (
     `<VM><ID>${vm.id}</ID><UID>0</UID><GID>0</GID><UNAME>oneadmin</UNAME><GNAME>oneadmin</GNAME>` +
-    `<NAME>${vm.name}</NAME><STATE>3</STATE><LCM_STATE>3</LCM_STATE><STIME>1787200000</STIME><ETIME>0</ETIME>` +
+    `<NAME>${vm.name}</NAME><STATE>3</STATE><LCM_STATE>${vm.lcmState ?? 3}</LCM_STATE><STIME>1787200000</STIME><ETIME>0</ETIME>` +
     `<DEPLOY_ID>${vm.uuid}</DEPLOY_ID><MONITORING/><SCHED_ACTIONS/>` +
-    `<TEMPLATE>${cdata({ CPU: 1, MEMORY: 192 })}${nics.join('')}${cdata({ TEMPLATE_ID: 5, VCPU: 1, VMID: vm.id })}</TEMPLATE>` +
+    `<TEMPLATE>${context}${cdata({ CPU: 1, MEMORY: 192 })}${nics.join('')}${aliases.join('')}${cdata({ TEMPLATE_ID: 5, VCPU: 1, VMID: vm.id })}</TEMPLATE>` +
     `<USER_TEMPLATE>${cdata({ HYPERVISOR: 'kvm' })}</USER_TEMPLATE><HISTORY_RECORDS>${history}</HISTORY_RECORDS></VM>`
   );
+}
+
+function contextFields(vm: TestVm, leaving: readonly number[]): Readonly<Record<string, string>> {
+  const fields: Record<string, string> = { DISK_ID: '1' };
+  vm.nics.forEach(({ id, ip, mac }, place) => {
+    if (leaving.includes(id ?? place)) return;
+    Object.assign(fields, { [`ETH${id ?? place}_IP`]: ip, [`ETH${id ?? place}_MAC`]: mac });
+  });
+  for (const { id, parent, aliasId, ip, mac } of vm.aliases ?? []) {
+    if (leaving.includes(id)) continue;
+    const prefix = `ETH${parent}_ALIAS${aliasId}`;
+    Object.assign(fields, { [`${prefix}_EXTERNAL`]: 'YES', [`${prefix}_IP`]: ip, [`${prefix}_MAC`]: mac });
+  }
+  return { ...fields, NETWORK: 'YES', TARGET: 'sda' };
 }
 
 /** VMM_DRIVER_ACTION_DATA, which every action but deploy gets on its standard input since 5.0. One line, no declaration. */

@@ -55,7 +55,7 @@ export async function startRepeats(program: string, items: readonly RepeatItem[]
 function lowerPriority(pid: number | undefined): void {
   if (pid === undefined) return;
   try {
-    setPriority(pid, constants.priority.PRIORITY_LOW);
+    setPriority(pid, constants.priority.PRIORITY_BELOW_NORMAL);
   } catch {
     // It ended already, or the host does not let us: it runs as any other does.
   }

@@ -7,7 +7,7 @@ import { KvmIbError } from '../core/errors.ts';
 import type { Mapping } from '../core/mapping.ts';
 import { printHardware, whyNoArp } from '../link/arp.ts';
 import type { InetAddress, Link, RepeatItem } from '../link/ports.ts';
-import { announceAll } from './apply.ts';
+import { announceAll, repeatLater } from './apply.ts';
 import type { Host, LinkRecord } from './host.ts';
 
 /** Aliases of one link that were announced again, or with `dryRun` would be. */
@@ -139,10 +139,9 @@ export function announce(
     }
     const failed = new Set([...reasons.values()].flat());
     const announced = items.filter(({ address }) => !failed.has(address));
-    const why = announced.length === 0 ? undefined : await host.announcer.repeat(announced);
     return {
       announced,
-      warnings: why === undefined ? left : [...left, `the announcement will not be repeated: ${why}`],
+      warnings: [...left, ...(await repeatLater(host, announced))],
       errors: [...reasons].map(([key, addresses]) => unsent(...(JSON.parse(key) as [string, string]), addresses)),
     };
   });

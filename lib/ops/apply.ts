@@ -62,10 +62,22 @@ export async function announceAll(
     warnings.push(`${address} was not announced on ${device}: ${error}`);
     failed.add(address);
   }
-  const again = items.filter(({ address }) => !failed.has(address));
-  const why = again.length === 0 ? undefined : await host.announcer.repeat(again);
-  if (why !== undefined) warnings.push(`the announcement will not be repeated: ${why}`);
+  warnings.push(
+    ...(await repeatLater(
+      host,
+      items.filter(({ address }) => !failed.has(address)),
+    )),
+  );
   return { warnings, failed };
+}
+
+/** @returns a warning when it cannot be done */
+export async function repeatLater(
+  host: Pick<Host, 'announcer'>,
+  items: readonly RepeatItem[],
+): Promise<readonly string[]> {
+  const why = items.length === 0 ? undefined : await host.announcer.repeat(items);
+  return why === undefined ? [] : [`the announcement will not be repeated: ${why}`];
 }
 
 /** Changes that one call carries out: a run of conntrack flushes costs one look at the table, anything else stands alone. */

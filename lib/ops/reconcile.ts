@@ -12,10 +12,11 @@ import type { Change, Desired, Observed } from '../core/plan.ts';
 import { plan } from '../core/plan.ts';
 import type { StateFile, Verdict } from '../core/state.ts';
 import { isOfBoot, mappingsOf, verdictOf, wishOfDomain } from '../core/state.ts';
+import type { RepeatItem } from '../link/ports.ts';
 import type { TableSpec } from '../nat/engine.ts';
 import type { Announced } from './announce.ts';
 import { againOn, announceAgain, seenLinks, standing } from './announce.ts';
-import { apply } from './apply.ts';
+import { apply, repeatLater } from './apply.ts';
 import type { Host } from './host.ts';
 import type { HostView } from './observe.ts';
 import { hindranceOf, observeHost, ownAddressInRange, strangersOf } from './observe.ts';
@@ -406,6 +407,10 @@ async function applyResiliently(
   const warnings: string[] = [];
   const unannounced = new Set<string>();
   const touched = new Set<string>();
+  // One process repeats all announcements, not one for each mapping.
+  const later: RepeatItem[] = [];
+  const repeat = async (items: readonly RepeatItem[]): Promise<undefined> => void later.push(...items);
+  const collecting = { ...host, announcer: { ...host.announcer, repeat } };
   let flushed = 0;
   let seen = observed;
   const attempt = async (part: Desired, bridges: Observed['bridges']): Promise<void> => {
@@ -417,7 +422,7 @@ async function applyResiliently(
       }
       const steps = plan(part, { ...seen, bridges });
       for (const key of steps.flatMap(addressesOf)) touched.add(key);
-      const applied = await apply(host, steps);
+      const applied = await apply(collecting, steps);
       flushed += applied.flushed;
       warnings.push(...applied.warnings);
       for (const address of applied.unannounced) unannounced.add(address);
@@ -435,6 +440,7 @@ async function applyResiliently(
     const inItsWay = goal.release.filter((old) => old.guest === m.guest || old.address === m.address);
     await attempt({ want: [m], release: inItsWay }, []);
   }
+  warnings.push(...(await repeatLater(host, later)));
   return { failed, flushed, warnings, unannounced, errors };
 }
 

@@ -71,7 +71,9 @@ function rounds(frames: readonly SeenArp[], address: string): readonly number[] 
 function expectThreeRounds(frames: readonly SeenArp[], address: string): void {
   const times = rounds(frames, address);
   expect(times).toHaveLength(3);
-  for (const [n, time] of times.entries()) expect(Math.abs(time - 2 * n)).toBeLessThan(0.9);
+  // Under load a round comes later, never earlier.
+  for (const [n, time] of times.entries()) expect(time).toBeGreaterThan(2 * n - 0.3);
+  expect(times[2]).toBeLessThan(8);
 }
 
 describe('a new alias', () => {

@@ -121,6 +121,25 @@ describe('reconcile', () => {
     expect(said()).toEqual(['record links']);
   });
 
+  it('that goes on mapping by mapping starts one process for all repeats', async () => {
+    for (const n of [4, 5]) await sync(host, request(vmOwner(n), [mapping(n)]));
+    host.active = new Set([2, 3, 4, 5]);
+    host.kernel.addresses = [];
+    host.log.length = 0;
+    const { addAlias } = host.links;
+    const links: FakeHost['links'] = {
+      ...host.links,
+      addAlias: async (device, address, label) => {
+        if (address === addressOf(3)) throw new Error('no');
+        await addAlias(device, address, label);
+      },
+    };
+    expect((await reconcile({ ...host, links })).errors).toHaveLength(1);
+    expect(said().filter((line) => line.startsWith('repeat'))).toEqual([
+      `repeat ${[2, 4, 5].map((n) => `${addressOf(n)} ib0:${n}-0`).join(', ')}`,
+    ]);
+  });
+
   it('tries again what could not be sent', async () => {
     ib0().carrierChanges = 4;
     host.announcementError = 'ENOBUFS';

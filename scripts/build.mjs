@@ -31,12 +31,7 @@ const addonsBeside = {
 rmSync(dist, { recursive: true, force: true });
 mkdirSync(dist);
 
-await build({
-  entryPoints: {
-    'kvm-ib': join(root, 'lib/cli/main.ts'),
-    engine: join(root, 'lib/driver/engine-main.ts'),
-    parser: join(root, 'lib/driver/parser-main.ts'),
-  },
+const options = {
   outdir: dist,
   outExtension: { '.js': '.mjs' },
   bundle: true,
@@ -52,6 +47,18 @@ await build({
   },
   plugins: [addonsBeside],
   logLevel: 'warning',
+};
+
+await build({
+  ...options,
+  entryPoints: { 'kvm-ib': join(root, 'lib/cli/main.ts'), engine: join(root, 'lib/driver/engine-main.ts') },
+});
+// OpenNebula copies the parser to every host: short names make it a quarter smaller. Functions keep theirs for stack traces.
+await build({
+  ...options,
+  entryPoints: { parser: join(root, 'lib/driver/parser-main.ts') },
+  minifyIdentifiers: true,
+  keepNames: true,
 });
 chmodSync(join(dist, 'kvm-ib.mjs'), 0o755);
 

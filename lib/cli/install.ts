@@ -10,11 +10,20 @@ import type { Config, Network } from '../core/mapping.ts';
 import { readConfig, readConfigText } from '../host/config-file.ts';
 import { exec } from '../host/exec.ts';
 import type { Package, StepResult, Target } from '../host/installer.ts';
-import { findPackage, linkNames, openTarget, runSteps } from '../host/installer.ts';
+import {
+  bridgePorts,
+  findPackage,
+  libvirtNetworks,
+  linkNames,
+  mtuOf,
+  networkManagerStates,
+  openTarget,
+  runSteps,
+} from '../host/installer.ts';
 import { DEFAULT_RUN_DIR, DEFAULT_STATE_DIR, FIXED_PATHS } from '../host/paths.ts';
 import { createStore } from '../host/store.ts';
 import { createHost, requireRights } from '../host/this-host.ts';
-import { subnetOf } from '../libvirt/network.ts';
+import { parseNetwork, subnetOf } from '../libvirt/network.ts';
 import { parseOneVersion } from '../opennebula/registration.ts';
 import type { Item, Note, Operation, Sign, Step } from '../ops/install.ts';
 import { isChange, octal, planInstall, planUninstall } from '../ops/install.ts';
@@ -24,9 +33,11 @@ import {
   FRONT_END_USER,
   frontEndItems,
   frontEndNotes,
+  frontEndRemovals,
   ONED_CONF,
   REMOTES,
   syncedSize,
+  templateItems,
   VERSION_FILE,
   VMM_EXECRC,
 } from '../ops/install-front-end.ts';
@@ -38,8 +49,13 @@ import {
   hostNotes,
   hostSteps,
   hostUninstallSteps,
+  isRunByNetworkManager,
   LIBRARY,
+  LIBVIRT_DIRECTORY,
+  UNMANAGED,
 } from '../ops/install-host.ts';
+import type { LibvirtPlan, SeenNetwork } from '../ops/install-libvirt.ts';
+import { planLibvirt, planLibvirtRemoval } from '../ops/install-libvirt.ts';
 import { teardown } from '../ops/teardown.ts';
 
 /** What a command needs of the program that it is part of. */
@@ -68,6 +84,11 @@ interface Options {
   readonly root: string;
 }
 
+interface HostOptions extends Options {
+  readonly libvirtNetwork: boolean;
+  readonly unmanagedDevice?: boolean;
+}
+
 const EXAMPLE: Network = {
   name: 'ib',
   device: 'ib0' as Network['device'],
@@ -87,7 +108,7 @@ export function addInstallCommands(program: Command, shell: Shell): void {
     .command(
       install,
       'host',
-      'Install on this hypervisor: programs, sudo, sysctl, units',
+      'Install on this hypervisor: programs, sudo, sysctl, units, libvirt network',
       ['dry-run'],
       [
         'kvm-ib install host --dry-run',
@@ -95,19 +116,25 @@ export function addInstallCommands(program: Command, shell: Shell): void {
       ],
     )
     .option(...root)
-    .action((options: Options) => installHost(shell, options));
+    .option('--no-libvirt-network', 'make no libvirt network for a bridge that is not there')
+    .option('--unmanaged-device', 'NetworkManager shall leave the IPoIB links alone; something else brings them up')
+    .action((options: HostOptions) => installHost(shell, options));
   shell
     .command(
       install,
       'front-end',
       "Install the driver and the probes into OpenNebula's remotes",
       ['dry-run'],
-      ['kvm-ib install front-end --dry-run', 'kvm-ib install front-end --config kvm-ib.yaml --mtu 4092'],
+      [
+        'kvm-ib install front-end --dry-run',
+        'kvm-ib install front-end --config kvm-ib.yaml --mtu 4092 --templates /var/lib/one/kvm-ib-templates',
+      ],
     )
     .option(...root)
     .option('--one-version <version>', `default: what ${VERSION_FILE} says`)
-    .option('--mtu <bytes>', 'MTU of the IPoIB link, for the guests', String(COMMON_MTU))
+    .option('--mtu <bytes>', `MTU of the IPoIB link, for the guests; default: ${COMMON_MTU}`)
     .option('--bridge-address <address>', "the host's address on the bridge; default: as `network-xml`")
+    .option('--templates <dir>', 'write the section and the templates that are printed to files there as well')
     .action((options: FrontEndOptions) => installFrontEnd(shell, options));
   shell
     .command(
@@ -129,8 +156,9 @@ export function addInstallCommands(program: Command, shell: Shell): void {
       ['kvm-ib uninstall front-end --dry-run'],
     )
     .option(...root)
+    .option('--purge', 'the configuration as well')
     .option('--force', 'also while hosts of this driver run VMs, or when OpenNebula does not answer')
-    .action((options: Options & { readonly force?: boolean }) => uninstallFrontEnd(shell, options));
+    .action((options: UninstallFrontEndOptions) => uninstallFrontEnd(shell, options));
 }
 
 function open(shell: Shell, options: Options, what: string): Target {
@@ -148,7 +176,7 @@ function open(shell: Shell, options: Options, what: string): Target {
   return target;
 }
 
-async function installHost(shell: Shell, options: Options): Promise<void> {
+async function installHost(shell: Shell, options: HostOptions): Promise<void> {
   const target = open(shell, options, 'install host');
   const pack = findPackage();
   const facts = await hostFacts(target, options);
@@ -167,10 +195,22 @@ async function installHost(shell: Shell, options: Options): Promise<void> {
         written.set(item.path, look.content(item).sha256);
     }
     const directories = [...new Set([...record.directories, ...made])].sort();
-    target.writeRecord(HOST_RECORD, { version: shell.version, files: written, directories });
+    const recorded = { version: shell.version, files: written, directories, networks: record.networks };
+    // Before the programs run: whatever they do, what was written is known.
+    target.writeRecord(HOST_RECORD, recorded);
     results = await runSteps(steps);
+    const defined = facts.libvirt.made.filter((name) =>
+      results.some(({ argv, ok }) => ok && argv.includes('net-define') && argv.at(-1) === networkFile(name)),
+    );
+    const networks = [...new Set([...record.networks, ...defined])].sort();
+    target.writeRecord(HOST_RECORD, { ...recorded, networks });
   }
-  show(shell, options, { operations, steps, results, notes: hostNotes(facts) });
+  const next = facts.live && facts.config !== null ? 'Next: `kvm-ib config check`, then `kvm-ib status`.' : undefined;
+  show(shell, options, { operations, steps, results, notes: hostNotes(facts), next });
+}
+
+function networkFile(name: string): string {
+  return `${LIBVIRT_DIRECTORY}/${name}.xml`;
 }
 
 /** Every file of the package that goes into /usr/lib/kvm-ib, so that it can install and uninstall again. */
@@ -178,26 +218,76 @@ function packageFiles(pack: Package): readonly { readonly path: string; readonly
   return [...pack.list('drivers'), ...pack.list('rulesets'), ...pack.list('docs/man')];
 }
 
-async function hostFacts(target: Target, options: Options): Promise<HostFacts> {
+async function hostFacts(target: Target, options: HostOptions): Promise<HostFacts> {
   const standing = target.exists(CONFIG_FILE);
   const given = options.config === undefined || standing ? null : readConfigText(options.config);
   const { config, problem } = configOf(standing ? `${target.live ? '' : target.root}${CONFIG_FILE}` : options.config);
   // What was asked for by name must hold; what stands there may be the example still.
   if (given !== null && options.config !== undefined) readConfig(options.config);
   const systemd = target.live && target.exists('/run/systemd/system');
+  const managed = target.live ? await networkManagerStates() : new Map<string, string>();
   return {
     live: target.live,
     systemd,
     unitsRunning: systemd && (await unitsRunning()),
     conntrack: target.exists('/proc/sys/net/netfilter/nf_conntrack_tcp_loose'),
     networkManager: target.exists('/etc/NetworkManager'),
+    managed,
+    unmanagedDevice: unmanagedDevice(target, options, config, managed),
     selinux: target.exists('/etc/selinux/config'),
     firewalld: target.exists('/etc/firewalld'),
     config,
     configProblem: problem,
     givenConfig: given,
+    libvirt: await libvirtPlan(target, options, config),
+  };
+}
+
+/** Asked for now, or at an earlier installation: to forget it would let NetworkManager take the addresses off the link. */
+function unmanagedDevice(
+  target: Target,
+  options: HostOptions,
+  config: Config | null,
+  managed: ReadonlyMap<string, string>,
+): boolean {
+  const devices = (config?.networks ?? []).map(({ device }) => device);
+  const line = /^unmanaged-devices\+=(.*)$/m.exec(target.readText(UNMANAGED) ?? '')?.[1] ?? '';
+  if (devices.some((device) => line.split(';').includes(`interface-name:${device}`))) return true;
+  if (options.unmanagedDevice !== true) return false;
+  const run = devices.find((device) => isRunByNetworkManager(device, managed));
+  if (run === undefined) return true;
+  throw new KvmIbError('conflict', `Cannot take ${run} from NetworkManager`, {
+    why: 'NetworkManager runs it: told by a file to leave it alone, it takes all addresses off and sets the link down',
+    fix: `have something else bring ${run} up at boot, then: nmcli device set ${run} managed no (addresses stay), and install again`,
+  });
+}
+
+async function libvirtPlan(target: Target, options: HostOptions, config: Config | null): Promise<LibvirtPlan> {
+  if (!target.live || config === null) return { items: [], steps: [], notes: [], made: [] };
+  const mtus = config.networks.flatMap(({ device }) => {
+    const mtu = mtuOf(device);
+    return mtu === undefined ? [] : [[device, mtu] as const];
+  });
+  const facts = {
+    networks: await seenNetworks(),
+    wanted: options.libvirtNetwork,
+    mtus: new Map<string, number>(mtus),
     links: linkNames(),
   };
+  return planLibvirt(config.networks, facts, LIBVIRT_DIRECTORY);
+}
+
+async function seenNetworks(): Promise<readonly SeenNetwork[] | null> {
+  const dumps = await libvirtNetworks();
+  if (dumps === null) return null;
+  return dumps.flatMap(({ xml, active, autostart }) => {
+    try {
+      return [{ ...parseNetwork(xml), active, autostart }];
+    } catch {
+      // Not understood: should it be the one with our bridge, libvirt refuses a second one and says so.
+      return [];
+    }
+  });
 }
 
 function configOf(file: string | undefined): { readonly config: Config | null; readonly problem: string | null } {
@@ -252,6 +342,11 @@ async function uninstallHost(shell: Shell, options: Options & { readonly purge?:
   const systemd = target.live && target.exists('/run/systemd/system');
   const unitThere = target.exists('/etc/systemd/system/kvm-ib.timer');
   const { before, after } = hostUninstallSteps({ live: target.live, systemd: systemd && unitThere });
+  const recorded = target.readRecord(HOST_RECORD).networks;
+  const libvirt =
+    target.live && recorded.length > 0
+      ? planLibvirtRemoval(recorded, await seenNetworks(), bridgePorts)
+      : { steps: [], notes: [] };
   const results: StepResult[] = [];
   if (!options.dryRun) {
     results.push(...(await runSteps(before)));
@@ -265,25 +360,36 @@ async function uninstallHost(shell: Shell, options: Options & { readonly purge?:
     if (target.live) await takeDown(shell, target);
     // Again: what was torn down has left other files.
     operations = plan();
+    results.push(...(await runSteps(libvirt.steps)));
     await target.apply(operations, pack);
     results.push(...(await runSteps(after)));
   }
   const notes: Note[] =
     target.live && operations.length > 0
       ? [
+          ...libvirt.notes,
           {
-            title: 'Left as they are: the libvirt network and loaded sysctl values, which others may use by now',
-            text: '  virsh net-destroy kvm-ib-NETWORK && virsh net-undefine kvm-ib-NETWORK',
+            title:
+              'Left as they are: loaded sysctl values and networks that kvm-ib did not make, which others may use by now',
+            text: 'IPv4 forwarding stays on until the next boot.',
           },
         ]
       : [];
-  show(shell, options, { operations, steps: [...before, ...after], results, notes });
+  show(shell, options, { operations, steps: [...before, ...libvirt.steps, ...after], results, notes });
 }
 
 function planHostUninstall(target: Target, pack: Package, purge: boolean): readonly Operation[] {
   const record = target.readRecord(HOST_RECORD);
   // With all that an installation may have written, whatever is configured now.
-  const everything = { networkManager: true, config: { networks: [], static: [] }, givenConfig: null };
+  const everything = {
+    networkManager: true,
+    managed: new Map<string, string>(),
+    unmanagedDevice: false,
+    config: { networks: [], static: [] },
+    givenConfig: null,
+    libvirt: { items: [], steps: [], notes: [], made: [] },
+  };
+  const frontEnd = target.exists(`${REMOTES}/vmm/kvm-ib`);
   const data = [DEFAULT_STATE_DIR, DEFAULT_RUN_DIR];
   return planUninstall(
     {
@@ -293,10 +399,15 @@ function planHostUninstall(target: Target, pack: Package, purge: boolean): reado
       ],
       inside: target.inside([LIBRARY, ...data]),
       madeDirectories: record.directories,
-      keep: purge ? new Set() : new Set([CONFIG_FILE]),
+      keep: keptConfig(purge, frontEnd ? 'the front-end on this machine has it too' : undefined),
     },
     target.observe(pack, record.files),
   );
+}
+
+function keptConfig(purge: boolean, usedBy: string | undefined): ReadonlyMap<string, string> {
+  if (purge && usedBy === undefined) return new Map();
+  return new Map([[CONFIG_FILE, purge && usedBy !== undefined ? usedBy : 'remove it with --purge']]);
 }
 
 /** Aliases, pairs and the table go while the programs that know them are there. */
@@ -318,18 +429,33 @@ async function takeDown(shell: Shell, target: Target): Promise<void> {
 
 interface FrontEndOptions extends Options {
   readonly oneVersion?: string;
-  readonly mtu: string;
+  readonly mtu?: string;
   readonly bridgeAddress?: string;
+  readonly templates?: string;
+}
+
+interface UninstallFrontEndOptions extends Options {
+  readonly force?: boolean;
+  readonly purge?: boolean;
 }
 
 async function installFrontEnd(shell: Shell, options: FrontEndOptions): Promise<void> {
   const target = open(shell, options, 'install front-end');
   const pack = findPackage();
   const facts = frontEndFacts(target, options);
-  const operations = planInstall(frontEndItems(pack.list('drivers')), target.observe(pack, new Map()));
-  if (!options.dryRun) await target.apply(operations, pack);
-  const size = syncedSize(operations);
-  show(shell, options, { operations, steps: [], results: [], notes: frontEndNotes(facts, size), synced: size });
+  const given = options.config === undefined ? null : readConfigText(options.config);
+  const driver = planInstall(frontEndItems(pack.list('drivers'), given), target.observe(pack, new Map()));
+  // Wherever the driver goes, the templates are for the operator of this machine.
+  const here = openTarget('/', FRONT_END_USER);
+  const templates =
+    facts.templates === null ? [] : planInstall(templateItems(facts.templates, facts), here.observe(pack, new Map()));
+  if (!options.dryRun) {
+    await target.apply(driver, pack);
+    await here.apply(templates, pack);
+  }
+  const size = syncedSize(driver);
+  const notes = frontEndNotes(facts, size);
+  show(shell, options, { operations: [...driver, ...templates], steps: [], results: [], notes, synced: size });
 }
 
 function frontEndFacts(target: Target, options: FrontEndOptions): FrontEndFacts {
@@ -346,14 +472,16 @@ function frontEndFacts(target: Target, options: FrontEndOptions): FrontEndFacts 
       fix: 'give it: --one-version 6.10',
     });
   }
-  const mtu = /^[1-9][0-9]{1,4}$/.test(options.mtu) ? Number(options.mtu) : 0;
+  const mtuText = options.mtu ?? String(COMMON_MTU);
+  const mtu = /^[1-9][0-9]{1,4}$/.test(mtuText) ? Number(mtuText) : 0;
   if (mtu < 68 || mtu > 65_535) {
-    throw new KvmIbError('usage', `Cannot read --mtu "${printable(options.mtu, 40)}"`, {
+    throw new KvmIbError('usage', `Cannot read --mtu "${printable(mtuText, 40)}"`, {
       why: 'it is not a number of bytes from 68 to 65535',
       fix: 'give that of the IPoIB link of the hosts: 2044, 4092 or 65520',
     });
   }
-  const file = options.config ?? (target.exists(CONFIG_FILE) && target.live ? CONFIG_FILE : undefined);
+  const file =
+    options.config ?? (target.exists(CONFIG_FILE) ? `${target.live ? '' : target.root}${CONFIG_FILE}` : undefined);
   const config = options.config === undefined ? configOf(file).config : readConfig(options.config);
   const gateway =
     options.bridgeAddress === undefined ? undefined : parseIpv4(options.bridgeAddress, '--bridge-address');
@@ -367,24 +495,34 @@ function frontEndFacts(target: Target, options: FrontEndOptions): FrontEndFacts 
     vmmExecrc: target.readText(VMM_EXECRC),
     networks,
     networksConfigured: config !== null,
+    mtuGiven: options.mtu !== undefined,
+    templates: options.templates === undefined ? null : resolve(options.templates),
   };
 }
 
-async function uninstallFrontEnd(shell: Shell, options: Options & { readonly force?: boolean }): Promise<void> {
+async function uninstallFrontEnd(shell: Shell, options: UninstallFrontEndOptions): Promise<void> {
   const target = open(shell, options, 'uninstall front-end');
   const pack = findPackage();
   if (target.live && !options.force) await refuseWhileHostsRun(target);
-  const items = frontEndItems(pack.list('drivers'));
+  const items = frontEndRemovals(pack.list('drivers'));
+  const keep = keptConfig(
+    options.purge ?? false,
+    target.exists(HOST_RECORD) ? 'this machine is a host with kvm-ib as well' : undefined,
+  );
   const own = items.flatMap((item) => (item.kind === 'directory' && item.own ? [item.path] : []));
   const look = target.observe(pack, new Map());
-  const operations = planUninstall({ items, inside: target.inside(own), madeDirectories: [], keep: new Set() }, look);
+  const operations = planUninstall({ items, inside: target.inside(own), madeDirectories: [], keep }, look);
   if (!options.dryRun) await target.apply(operations, pack);
   const notes: Note[] =
     operations.length > 0
       ? [
           {
             title: `Take the section VM_MAD of "kvm-ib" out of ${ONED_CONF} and its words out of ${VMM_EXECRC}, then`,
-            text: `systemctl restart opennebula\nrunuser -u ${FRONT_END_USER} -- onehost sync --force`,
+            text: [
+              '# the two hooks, if you made them: onehook list, onehook delete ID',
+              'systemctl restart opennebula',
+              `runuser -u ${FRONT_END_USER} -- onehost sync --force`,
+            ].join('\n'),
           },
         ]
       : [];
@@ -420,10 +558,12 @@ interface Outcome {
   readonly results: readonly StepResult[];
   readonly notes: readonly Note[];
   readonly synced?: { readonly files: number; readonly bytes: number };
+  /** What to type once something was installed. */
+  readonly next?: string | undefined;
 }
 
 function show(shell: Shell, options: Options, outcome: Outcome): void {
-  const { operations, steps, results, notes, synced } = outcome;
+  const { operations, steps, results, notes, synced, next } = outcome;
   const failed = results.filter((result) => !result.ok);
   if (failed.length > 0) shell.exit(EXIT.hostLacks);
   const dryRun = options.dryRun ?? false;
@@ -442,11 +582,14 @@ function show(shell: Shell, options: Options, outcome: Outcome): void {
   }
   for (const operation of condense(operations)) shell.out(line(operation, shell.colour));
   for (const { argv } of steps) shell.out(`$ ${argv.join(' ')}\n`);
+  if (dryRun && changes.length > 0)
+    shell.out('(+ is made, ~ replaced, - removed, ! kept, = as it should be, $ is run)\n');
   if (dryRun)
     shell.out(changes.length + steps.length === 0 ? 'Nothing would change.\n' : 'Nothing was changed (--dry-run).\n');
   else if (changes.length + steps.length === 0) shell.out('Nothing to change.\n');
   if (synced !== undefined) shell.out(`\`onehost sync\` copies ${describeSize(synced)} more to each host.\n`);
   for (const { title, text } of notes) shell.out(`\n${title}${/[.:]$/.test(title) ? '' : ':'}\n${indent(text)}\n`);
+  if (next !== undefined && !dryRun && changes.length + steps.length > 0) shell.out(`\n${next}\n`);
   shell.warn(failed.map(({ argv, what, said }) => `${what}: \`${argv.join(' ')}\` failed: ${said}`));
 }
 

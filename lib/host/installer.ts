@@ -108,6 +108,8 @@ export interface InstallRecord {
   readonly files: ReadonlyMap<string, string>;
   /** Directories that were made. */
   readonly directories: readonly string[];
+  /** Networks that libvirt was given. */
+  readonly networks: readonly string[];
 }
 
 /** The tree that is installed into: `/`, or a directory that stands for it. */
@@ -357,18 +359,22 @@ function readUsers(passwd: string): ReadonlyMap<string, { readonly uid: number; 
 /** A record that cannot be read counts as none: files under /etc that differ are then kept. */
 function parseRecord(text: string | null): InstallRecord {
   try {
-    const raw = JSON.parse(text ?? '') as { version?: unknown; files?: unknown; directories?: unknown };
-    const files = Object.entries((raw.files ?? {}) as Record<string, unknown>);
-    const directories = Array.isArray(raw.directories) ? raw.directories : [];
+    const raw = JSON.parse(text ?? '') as Record<string, unknown>;
+    const files = Object.entries((raw['files'] ?? {}) as Record<string, unknown>);
+    const directories = Array.isArray(raw['directories']) ? raw['directories'] : [];
+    const networks: readonly unknown[] = Array.isArray(raw['networks']) ? raw['networks'] : [];
     const absolute = (path: unknown): path is string =>
       typeof path === 'string' && /^\/[^\0]*$/.test(path) && !/(^|\/)\.\.(\/|$)/.test(path);
     return {
-      version: String(raw.version ?? ''),
+      version: String(raw['version'] ?? ''),
       files: new Map(files.filter((e): e is [string, string] => absolute(e[0]) && typeof e[1] === 'string')),
       directories: directories.filter(absolute),
+      networks: networks.filter(
+        (name): name is string => typeof name === 'string' && /^kvm-ib-[A-Za-z0-9_-]{1,60}$/.test(name),
+      ),
     };
   } catch {
-    return { version: '', files: new Map(), directories: [] };
+    return { version: '', files: new Map(), directories: [], networks: [] };
   }
 }
 
@@ -407,6 +413,74 @@ export async function runSteps(steps: readonly Step[]): Promise<readonly StepRes
     }
   }
   return results;
+}
+
+const VIRSH = '/usr/bin/virsh';
+const NMCLI = '/usr/bin/nmcli';
+const ASK_TIMEOUT_MS = 10_000;
+
+/** What a program prints, without its arguments mattering to anybody; undefined when it is not there, fails or hangs. */
+async function ask(...argv: readonly [string, ...string[]]): Promise<string | undefined> {
+  if (!existsSync(argv[0])) return undefined;
+  try {
+    const { status, stdout } = await exec(argv, { timeout: ASK_TIMEOUT_MS });
+    return status === 0 ? stdout : undefined;
+  } catch {
+    return undefined;
+  }
+}
+
+export interface NetworkDump {
+  readonly xml: string;
+  readonly active: boolean;
+  readonly autostart: boolean;
+}
+
+/** The networks of this host's libvirt; null when it does not answer. */
+export async function libvirtNetworks(): Promise<readonly NetworkDump[] | null> {
+  const virsh = (...args: readonly string[]): Promise<string | undefined> =>
+    ask(VIRSH, '--readonly', '--connect', 'qemu:///system', ...args);
+  const names = async (...args: readonly string[]): Promise<readonly string[] | undefined> =>
+    (await virsh('net-list', '--name', ...args))?.split('\n').flatMap((line) => line.trim() || []);
+  const all = await names('--all');
+  const active = await names();
+  const autostart = await names('--all', '--autostart');
+  if (all === undefined || active === undefined || autostart === undefined) return null;
+  const dumps: NetworkDump[] = [];
+  for (const name of all) {
+    const xml = await virsh('net-dumpxml', '--network', name);
+    if (xml !== undefined) dumps.push({ xml, active: active.includes(name), autostart: autostart.includes(name) });
+  }
+  return dumps;
+}
+
+/** What NetworkManager says of each link; empty when it does not run. */
+export async function networkManagerStates(): Promise<ReadonlyMap<string, string>> {
+  const said = await ask(NMCLI, '--terse', '--fields', 'DEVICE,STATE', 'device');
+  const lines = (said ?? '').split('\n').flatMap((line) => {
+    // A link's name may hold a colon, which is then escaped; a state never does.
+    const parts = /^(.+):([^:]+)$/.exec(line);
+    return parts === null ? [] : [[(parts[1] ?? '').replace(/\\(.)/g, '$1'), parts[2] ?? ''] as const];
+  });
+  return new Map(lines);
+}
+
+/** The MTU of a link; undefined when it is not there. */
+export function mtuOf(link: string): number | undefined {
+  try {
+    return Number(readFileSync(`/sys/class/net/${link}/mtu`, 'latin1')) || undefined;
+  } catch {
+    return undefined;
+  }
+}
+
+/** What is attached to a bridge, but for the dummy link that older versions of libvirt put there. */
+export function bridgePorts(bridge: string): readonly string[] {
+  try {
+    return readdirSync(`/sys/class/net/${bridge}/brif`).filter((port) => port !== `${bridge}-nic`);
+  } catch {
+    return [];
+  }
 }
 
 /** Names of the links of this network namespace. */

@@ -6,7 +6,7 @@ import type { Ipv4 } from '../core/address.ts';
 import { ipv4FromNumber, ipv4ToNumber, printRange } from '../core/address.ts';
 import { KvmIbError } from '../core/errors.ts';
 import type { Network } from '../core/mapping.ts';
-import { escapeXml } from '../core/xml.ts';
+import { childrenNamed, escapeXml, parseXml } from '../core/xml.ts';
 
 export interface NetworkXmlOptions {
   /** MTU of the bridge in bytes: that of the IPoIB link. */
@@ -28,7 +28,7 @@ export interface NetworkXmlOptions {
  */
 export function networkXml(network: Network, options: NetworkXmlOptions): string {
   const { mtu, bridgeAddress } = options;
-  const name = options.name ?? `kvm-ib-${network.name}`;
+  const name = options.name ?? libvirtName(network);
   const refuse = (code: 'bad-input' | 'out-of-range', why: string, fix: string) =>
     new KvmIbError(code, `Cannot write the libvirt network for "${network.name}"`, { why, fix });
 
@@ -73,6 +73,35 @@ export function networkXml(network: Network, options: NetworkXmlOptions): string
     '</network>',
     '',
   ].join('\n');
+}
+
+/** A network that libvirt has. */
+export interface LibvirtNetwork {
+  readonly name: string;
+  /** Its bridge; null for one without. */
+  readonly bridge: string | null;
+  /** `open`, `nat`, `route`, `bridge` …; null: isolated. */
+  readonly forward: string | null;
+}
+
+/**
+ * @param xml what `virsh net-dumpxml` says
+ * @throws KvmIbError `bad-input` when it is no network
+ */
+export function parseNetwork(xml: string): LibvirtNetwork {
+  const root = parseXml(xml, { roots: ['network'], what: 'the network XML of libvirt' });
+  const [forward] = childrenNamed(root, 'forward');
+  return {
+    name: childrenNamed(root, 'name')[0]?.text.trim() ?? '',
+    bridge: childrenNamed(root, 'bridge')[0]?.attributes.get('name') ?? null,
+    // Without a mode it is nat (formatnetwork).
+    forward: forward === undefined ? null : (forward.attributes.get('mode') ?? 'nat'),
+  };
+}
+
+/** Name in libvirt of the network that kvm-ib makes. */
+export function libvirtName(network: Pick<Network, 'name'>): string {
+  return `kvm-ib-${network.name}`;
 }
 
 /** Prefix length of the smallest subnet that holds a bridge address and all guests: the one that `networkXml` takes. */

@@ -141,19 +141,59 @@ export function guestNetworkTemplate(network: Network, options: NetworkTemplateO
  */
 export function addressNetworkTemplate(network: Network): string {
   return [
-    `NAME   = "${network.name}-addresses"`,
-    'VN_MAD = "dummy"',
-    `BRIDGE = "${network.bridge}"`,
+    `NAME     = "${network.name}-addresses"`,
+    'VN_MAD   = "dummy"',
+    `BRIDGE   = "${network.bridge}"`,
+    "# For aliases of a NIC alone: contextualization then leaves these addresses out of the guest's own configuration.",
+    'EXTERNAL = "YES"',
     `AR = [ TYPE = "IP4", IP = "${network.addresses.first}", SIZE = "${rangeSize(network.addresses)}" ]`,
     '',
   ].join('\n');
 }
 
-/** How a VM template uses both. */
-export function nicExample(network: Network): string {
+/**
+ * How a VM template uses both. Up to 6.2 the alias inherits EXTERNAL from the virtual network (INHERIT_VNET_ATTR), and in
+ * 6.0 users outside the group oneadmin may not write it; from 6.4 on it is not inherited.
+ */
+export function nicExample(network: Network, version: OneVersion): string {
+  const inherited = version.major === 6 && version.minor < 3;
   return [
     `NIC       = [ NAME = "NIC0", NETWORK = "${network.name}-guests" ]`,
-    `NIC_ALIAS = [ PARENT = "NIC0", NETWORK = "${network.name}-addresses", EXTERNAL = "YES" ]`,
+    `NIC_ALIAS = [ PARENT = "NIC0", NETWORK = "${network.name}-addresses"${inherited ? '' : ', EXTERNAL = "YES"'} ]`,
     '',
   ].join('\n');
+}
+
+/** The state hook, below the remotes. */
+export const HOOK_COMMAND = `${DRIVER}/vm-gone.sh`;
+
+/**
+ * For `onehook create`: the two states that a VM may reach without any driver action. Both have no LCM state but LCM_INIT.
+ * The VM goes to standard input, since one argument may have 128 KiB at most and base64 of a large VM is longer. TIMEOUT
+ * is more than the script gives itself.
+ */
+export function hookTemplates(): readonly { readonly name: string; readonly text: string }[] {
+  const template = (name: string, on: readonly string[]): { readonly name: string; readonly text: string } => ({
+    name,
+    text: [
+      `NAME            = "${name}"`,
+      'TYPE            = "state"',
+      'RESOURCE        = "VM"',
+      ...on,
+      `COMMAND         = "${HOOK_COMMAND}"`,
+      'ARGUMENTS       = "$TEMPLATE"',
+      'ARGUMENTS_STDIN = "YES"',
+      'REMOTE          = "YES"',
+      'TIMEOUT         = "120"',
+      '',
+    ].join('\n'),
+  });
+  return [
+    template(`${DRIVER}-poweroff`, [
+      'ON              = "CUSTOM"',
+      'STATE           = "POWEROFF"',
+      'LCM_STATE       = "LCM_INIT"',
+    ]),
+    template(`${DRIVER}-done`, ['ON              = "DONE"']),
+  ];
 }

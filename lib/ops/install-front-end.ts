@@ -5,6 +5,8 @@ import {
   addressNetworkTemplate,
   DRIVER,
   guestNetworkTemplate,
+  HOOK_COMMAND,
+  hookTemplates,
   isRegistered,
   liveSnapshotsLine,
   nicExample,
@@ -12,6 +14,7 @@ import {
 } from '../opennebula/registration.ts';
 import type { Item, Note, Operation } from './install.ts';
 import { parents } from './install.ts';
+import { CONFIG_FILE } from './install-host.ts';
 
 export const REMOTES = '/var/lib/one/remotes';
 export const VERSION_FILE = `${REMOTES}/VERSION`;
@@ -19,31 +22,78 @@ export const ONED_CONF = '/etc/one/oned.conf';
 export const VMM_EXECRC = '/etc/one/vmm_exec/vmm_execrc';
 export const FRONT_END_USER = 'oneadmin';
 const DRIVER_DIRECTORY = `${REMOTES}/vmm/${DRIVER}`;
+const HOOK_DIRECTORY = `${REMOTES}/hooks/${DRIVER}`;
 
 /**
  * @param driverFiles every file below `drivers/` of the package, with its mode: `drivers/vmm/kvm-ib/*` and the probes
- *   `drivers/im/…`; both lie at the same path below the remotes
+ *   `drivers/im/…`, the hook `drivers/hooks/…`; all lie at the same path below the remotes
+ * @param givenConfig configuration of the hosts, put beside: later runs and the templates use it; null: none
  */
 export function frontEndItems(
   driverFiles: readonly { readonly path: string; readonly mode: number }[],
+  givenConfig: string | null,
 ): readonly Item[] {
   const file = (path: string, mode: number, source: string): Item => {
     return { kind: 'file', path, mode, source: { package: source }, keep: 'ours' };
   };
   const below = driverFiles.flatMap(({ path, mode }) => {
     const place = path.replace(/^drivers\//, '');
-    return /^(?:vmm\/kvm-ib|im)\//.test(place) ? [{ place, path, mode }] : [];
+    return /^(?:vmm\/kvm-ib|hooks\/kvm-ib|im)\//.test(place) ? [{ place, path, mode }] : [];
   });
-  const folders = new Set(below.flatMap(({ place }) => parents(place)).filter((folder) => folder !== `vmm/${DRIVER}`));
+  const own = [DRIVER_DIRECTORY, HOOK_DIRECTORY];
+  const folders = new Set(
+    below.flatMap(({ place }) => parents(place)).filter((folder) => !own.includes(`${REMOTES}/${folder}`)),
+  );
   return [
     ...[...folders].sort().map((folder): Item => {
       return { kind: 'directory', path: `${REMOTES}/${folder}`, mode: 0o755, own: false };
     }),
-    { kind: 'directory', path: DRIVER_DIRECTORY, mode: 0o755, own: true },
+    ...own.map((path): Item => ({ kind: 'directory', path, mode: 0o755, own: true })),
     // Before the launchers, which look for it beside them.
     file(`${DRIVER_DIRECTORY}/parser.mjs`, 0o644, 'bundle/parser.mjs'),
     ...below.map(({ place, path, mode }) => file(`${REMOTES}/${place}`, mode, path)),
+    ...(givenConfig === null ? [] : configItems(givenConfig)),
   ];
+}
+
+function configItems(text: string): readonly Item[] {
+  return [
+    { kind: 'directory', path: dirname(CONFIG_FILE), mode: 0o755, own: false },
+    { kind: 'file', path: CONFIG_FILE, mode: 0o644, source: { text }, keep: 'always' },
+  ];
+}
+
+/** Also the configuration, which an earlier run may have put there. */
+export function frontEndRemovals(
+  driverFiles: readonly { readonly path: string; readonly mode: number }[],
+): readonly Item[] {
+  return frontEndItems(driverFiles, '');
+}
+
+/** What can be written to a directory for `onevnet create` and `onehook create`, by name of the file. */
+export function templateFiles(facts: FrontEndFacts): readonly { readonly name: string; readonly text: string }[] {
+  return [
+    { name: 'vm_mad.conf', text: vmMadSection(facts.version, facts) },
+    ...facts.networks.flatMap(({ network, options }) => [
+      { name: `${network.name}-guests.net`, text: guestNetworkTemplate(network, options) },
+      { name: `${network.name}-addresses.net`, text: addressNetworkTemplate(network) },
+      { name: `${network.name}-vm.txt`, text: nicExample(network, facts.version) },
+    ]),
+    ...hookTemplates().map(({ name, text }) => ({ name: `${name}.hook`, text })),
+  ];
+}
+
+export function templateItems(directory: string, facts: FrontEndFacts): readonly Item[] {
+  return [
+    { kind: 'directory', path: directory, mode: 0o755, own: false },
+    ...templateFiles(facts).map(({ name, text }): Item => {
+      return { kind: 'file', path: `${directory}/${name}`, mode: 0o644, source: { text }, keep: 'unless-ours' };
+    }),
+  ];
+}
+
+function dirname(path: string): string {
+  return path.slice(0, path.lastIndexOf('/'));
 }
 
 /** Bytes and files that `onehost sync` copies to each host more than before. */
@@ -57,6 +107,10 @@ export interface FrontEndFacts extends FrontEndFiles {
   readonly networks: readonly { readonly network: Network; readonly options: NetworkTemplateOptions }[];
   /** False: the networks are an example, since no configuration was given. */
   readonly networksConfigured: boolean;
+  /** True: `--mtu` was given; else the usual one is in the templates. */
+  readonly mtuGiven: boolean;
+  /** Where the templates are written; null: nowhere. */
+  readonly templates: string | null;
 }
 
 /** What is left to the operator, in the order to do it. */
@@ -65,55 +119,77 @@ export function frontEndNotes(
   size: { readonly files: number; readonly bytes: number },
 ): readonly Note[] {
   const notes: Note[] = [];
-  const note = (title: string, text: string): void => void notes.push({ title, text: text.trimEnd() });
+  let steps = 0;
+  const note = (title: string, ...lines: readonly string[]): void =>
+    void notes.push({ title, text: lines.join('\n').trimEnd() });
+  const step = (title: string, ...lines: readonly string[]): void => {
+    steps += 1;
+    note(`Step ${steps}. ${title}`, ...lines);
+  };
+  const optional = (title: string, ...lines: readonly string[]): void => note(`Optional. ${title}`, ...lines);
+  const one = (command: string): string => `runuser -u ${FRONT_END_USER} -- ${command}`;
+  /** A template, and how it is handed to OpenNebula. */
+  const create = (command: string, name: string, text: string): readonly string[] =>
+    facts.templates === null
+      ? [`# ${name}; then: ${one(`${command} ${name}`)}`, text]
+      : [one(`${command} ${facts.templates}/${name}`)];
+
   const registered = isRegistered(facts.onedConf);
   if (!registered) {
-    note(
-      `Add to ${ONED_CONF} (OpenNebula ${facts.version.text}), behind the section of "kvm", which must stay`,
+    step(
+      `Add to ${ONED_CONF} (OpenNebula ${facts.version.text}), behind the section VM_MAD of "kvm", which must stay`,
       vmMadSection(facts.version, facts),
     );
-    note(
+    optional(
       `If users must not choose IB addresses themselves, add to ${ONED_CONF} as well`,
       'VM_RESTRICTED_ATTR = "NIC/IB_IP"',
     );
   }
   const snapshots = liveSnapshotsLine(facts.version, facts);
   if (snapshots !== undefined) {
-    note(
+    optional(
       `For live disk snapshots, this line of ${VMM_EXECRC}`,
-      `${snapshots}\n# Live disk-saveas stays out of reach: OpenNebula asks there for a driver called kvm.`,
+      snapshots,
+      '# Live disk-saveas stays out of reach: OpenNebula asks there for a driver called kvm.',
     );
   }
-  note(
-    registered && snapshots === undefined
-      ? `Copy it to the hosts: ${describeSize(size)} more than without kvm-ib`
-      : `Restart OpenNebula, then copy it to the hosts: ${describeSize(size)} more than without kvm-ib`,
-    [
-      ...(registered && snapshots === undefined ? [] : ['systemctl restart opennebula']),
-      `runuser -u ${FRONT_END_USER} -- onehost sync --force`,
-    ].join('\n'),
+  const restart = !(registered && snapshots === undefined);
+  step(
+    `${restart ? 'Restart OpenNebula, then copy the driver' : 'Copy the driver'} to the hosts: ${describeSize(size)} more than without kvm-ib`,
+    ...(restart ? ['systemctl restart opennebula'] : []),
+    one('onehost sync --force'),
   );
-  note(
+  step(
     'Create each host, in a cluster of its own: at a migration OpenNebula uses the driver of the destination',
-    `runuser -u ${FRONT_END_USER} -- onehost create HOST -i kvm -v ${DRIVER} -c CLUSTER`,
+    one(`onehost create HOST -i kvm -v ${DRIVER} -c CLUSTER`),
   );
   if (!facts.networksConfigured) {
     note(
       'The networks below are an example',
       'Give the configuration of the hosts for your own: kvm-ib install front-end --config kvm-ib.yaml --mtu MTU_OF_IB0',
     );
+  } else if (!facts.mtuGiven) {
+    note(
+      `GUEST_MTU of the templates is ${facts.networks[0]?.options.mtu ?? 0}, that of a link in datagram mode`,
+      'Compare it with a host, `cat /sys/class/net/ib0/mtu`, and give another one: kvm-ib install front-end --mtu 4092',
+    );
   }
   for (const { network, options } of facts.networks) {
-    note(
-      `Virtual network of the guests: onevnet create ${network.name}-guests.net`,
-      guestNetworkTemplate(network, options),
+    step(
+      `Create the virtual network of the guests, with VN_MAD "dummy": stock "bridge" deletes ${network.bridge} with the last guest of a host`,
+      ...create('onevnet create', `${network.name}-guests.net`, guestNetworkTemplate(network, options)),
     );
-    note(
-      `Optional, users see and choose IB addresses: onevnet create ${network.name}-addresses.net`,
-      addressNetworkTemplate(network),
+    optional(
+      'For users to see and choose IB addresses: a virtual network that leases them to external aliases of a NIC',
+      ...create('onevnet create', `${network.name}-addresses.net`, addressNetworkTemplate(network)),
     );
-    note('A VM template then has', nicExample(network));
+    note('A VM template then has (the second line only with the optional network)', nicExample(network, facts.version));
   }
+  optional(
+    'For the mapping of a guest that powered itself off to go at once, not within a minute: two state hooks',
+    ...hookTemplates().flatMap(({ name, text }) => create('onehook create', `${name}.hook`, text)),
+    `# Have a hook for one of these states already? Call ${HOOK_COMMAND} from it: docs/install-command.md shows how.`,
+  );
   return notes;
 }
 

@@ -1,8 +1,8 @@
 /** What `kvm-ib install host` puts on a hypervisor, what it runs there, and what it leaves to the operator. Pure. */
-import { bridgeAddress } from '../core/config.ts';
 import type { Config, Network } from '../core/mapping.ts';
 import type { Item, Note, Operation, Step } from './install.ts';
 import { parents, touches } from './install.ts';
+import type { LibvirtPlan } from './install-libvirt.ts';
 
 export const LIBRARY = '/usr/lib/kvm-ib';
 export const CONFIG_FILE = '/etc/kvm-ib/kvm-ib.yaml';
@@ -18,7 +18,9 @@ const TIMER_UNIT = 'kvm-ib.timer';
 const UNITS = [RECONCILE_UNIT, 'kvm-ib-timer.service', TIMER_UNIT] as const;
 const NETWORK_MANAGER = '/etc/NetworkManager';
 const DISPATCHER = `${NETWORK_MANAGER}/dispatcher.d/50-kvm-ib`;
-const UNMANAGED = `${NETWORK_MANAGER}/conf.d/90-kvm-ib.conf`;
+export const UNMANAGED = `${NETWORK_MANAGER}/conf.d/90-kvm-ib.conf`;
+/** What libvirt was given at an installation. */
+export const LIBVIRT_DIRECTORY = `${LIBRARY}/networks`;
 
 /** What is known of the host. Of another root only the files are looked at, and nothing is run. */
 export interface HostFacts {
@@ -31,6 +33,10 @@ export interface HostFacts {
   /** Connection tracking is in the kernel, so that its values can be set. */
   readonly conntrack: boolean;
   readonly networkManager: boolean;
+  /** What NetworkManager says of each link, as `nmcli device` does; empty when it does not run. */
+  readonly managed: ReadonlyMap<string, string>;
+  /** NetworkManager shall leave the IPoIB links alone as well. */
+  readonly unmanagedDevice: boolean;
   readonly selinux: boolean;
   readonly firewalld: boolean;
   /** The configuration that stands there, or will; null when there is none that holds. */
@@ -39,13 +45,13 @@ export interface HostFacts {
   readonly configProblem: string | null;
   /** Content for a configuration that is not there yet. */
   readonly givenConfig: string | null;
-  /** Links of the running system. */
-  readonly links: ReadonlySet<string>;
+  /** What is done about libvirt's networks. */
+  readonly libvirt: LibvirtPlan;
 }
 
 /** @param packageFiles every file below `drivers/`, `rulesets/` and `docs/man/` of the package, with its mode */
 export function hostItems(
-  facts: Pick<HostFacts, 'networkManager' | 'config' | 'givenConfig'>,
+  facts: Pick<HostFacts, 'networkManager' | 'managed' | 'unmanagedDevice' | 'config' | 'givenConfig' | 'libvirt'>,
   packageFiles: readonly { readonly path: string; readonly mode: number }[],
 ): readonly Item[] {
   const program = (name: string, mode: number, source = `bundle/${name}`): Item => {
@@ -98,11 +104,13 @@ export function hostItems(
     setting(SYSCTL_FILE, 'rulesets/sysctl.d/60-kvm-ib.conf'),
     setting(MODULES_FILE, 'rulesets/modules-load.d/kvm-ib.conf'),
     ...UNITS.map((unit) => setting(`${UNIT_DIRECTORY}/${unit}`, `rulesets/systemd/${unit}`)),
-    ...(facts.networkManager ? networkManagerItems(facts.config) : []),
+    ...(facts.networkManager ? networkManagerItems(facts) : []),
+    ...facts.libvirt.items,
   ];
 }
 
-function networkManagerItems(config: Config | null): readonly Item[] {
+function networkManagerItems(facts: Pick<HostFacts, 'config' | 'managed' | 'unmanagedDevice'>): readonly Item[] {
+  const { config } = facts;
   const dispatcher: Item = {
     kind: 'file',
     path: DISPATCHER,
@@ -111,19 +119,36 @@ function networkManagerItems(config: Config | null): readonly Item[] {
     keep: 'unless-ours',
   };
   if (config === null) return [dispatcher];
-  const text = unmanagedText(config.networks);
+  const text = unmanagedText(unmanagedLinks(config.networks, facts));
   return [dispatcher, { kind: 'file', path: UNMANAGED, mode: 0o644, source: { text }, keep: 'unless-ours' }];
 }
 
-/** The bridges alone: the IPoIB links stay NetworkManager's, which may have to bring them up. */
-export function unmanagedText(networks: readonly Network[]): string {
+/** NetworkManager runs this link by a profile of its own: told to leave it alone, it would take its addresses and set it down. */
+export function isRunByNetworkManager(link: string, managed: ReadonlyMap<string, string>): boolean {
+  const state = managed.get(link);
+  return state !== undefined && state !== 'unmanaged' && state !== 'connected (externally)';
+}
+
+/** The bridges; the IPoIB links only when that was asked for, since NetworkManager may have to bring them up. */
+export function unmanagedLinks(
+  networks: readonly Network[],
+  facts: Pick<HostFacts, 'managed' | 'unmanagedDevice'>,
+): readonly string[] {
+  const bridges = networks
+    .map(({ bridge }) => bridge)
+    .filter((bridge) => !isRunByNetworkManager(bridge, facts.managed));
+  return [...bridges, ...(facts.unmanagedDevice ? networks.map(({ device }) => device) : [])];
+}
+
+export function unmanagedText(links: readonly string[]): string {
   return [
     `# ${UNMANAGED}, written by \`kvm-ib install host\` from ${CONFIG_FILE}. NetworkManager.conf(5)`,
     '#',
     '# The bridges of the guests belong to libvirt: NetworkManager shall not take addresses off them or change their MTU.',
-    '# The IPoIB links are not listed: NetworkManager keeps them, and the dispatcher script repairs our aliases there.',
+    '# An IPoIB link is listed only after `kvm-ib install host --unmanaged-device`; else NetworkManager keeps it, and the',
+    '# dispatcher script repairs our aliases there.',
     '[keyfile]',
-    `unmanaged-devices+=${networks.map((network) => `interface-name:${network.bridge}`).join(';')}`,
+    `unmanaged-devices+=${links.map((link) => `interface-name:${link}`).join(';')}`,
     '',
   ].join('\n');
 }
@@ -140,6 +165,7 @@ export function hostSteps(operations: readonly Operation[], facts: HostFacts): r
   if (facts.networkManager && facts.systemd && touches(operations, [UNMANAGED])) {
     step('NetworkManager reads its settings', '/usr/bin/systemctl', 'try-reload-or-restart', 'NetworkManager.service');
   }
+  steps.push(...facts.libvirt.steps);
   if (
     facts.systemd &&
     touches(
@@ -191,7 +217,14 @@ export function hostNotes(facts: HostFacts): readonly Note[] {
       '  kvm-ib install host        # again: it then starts the units',
     );
   } else {
-    for (const network of config.networks) libvirtNote(network, facts, note);
+    notes.push(...facts.libvirt.notes);
+    for (const { bridge } of config.networks) {
+      if (!facts.networkManager || !isRunByNetworkManager(bridge, facts.managed)) continue;
+      note(
+        `NetworkManager runs the bridge ${bridge} by a profile of its own`,
+        'It is left to it, since a bridge that is taken from NetworkManager loses its addresses. Better is a bridge of libvirt.',
+      );
+    }
   }
   if (facts.live && !facts.systemd) {
     note(
@@ -212,20 +245,6 @@ export function hostNotes(facts: HostFacts): readonly Note[] {
 }
 
 type AddNote = (title: string, ...lines: readonly string[]) => void;
-
-function libvirtNote(network: Network, facts: HostFacts, note: AddNote): void {
-  if (!facts.live || facts.links.has(network.bridge)) return;
-  const address = bridgeAddress(network);
-  const options = address === undefined ? ' --bridge-address ADDRESS' : '';
-  note(
-    `The bridge ${network.bridge} of network ${network.name} is not there`,
-    'Let libvirt make it, without rules of its own (forward mode open):',
-    `  kvm-ib network-xml --network ${network.name}${options} > net.xml`,
-    '  virsh net-define net.xml',
-    `  virsh net-start kvm-ib-${network.name}`,
-    `  virsh net-autostart kvm-ib-${network.name}`,
-  );
-}
 
 function selinuxNote(note: AddNote): void {
   note(

@@ -130,8 +130,8 @@ export interface Removal {
   readonly inside: readonly string[];
   /** Directories that the installation made: removed when nothing else is left in them. */
   readonly madeDirectories: readonly string[];
-  /** Paths that stay. */
-  readonly keep: ReadonlySet<string>;
+  /** Paths that stay, with the reason. */
+  readonly keep: ReadonlyMap<string, string>;
 }
 
 /**
@@ -151,8 +151,9 @@ export function planUninstall(removal: Removal, look: Observation): readonly Ope
     if (seen.kind === 'absent') continue;
     const kind: Operation['kind'] = seen.kind === 'directory' || seen.kind === 'link' ? seen.kind : 'file';
     const base = { path, kind, item: wanted.get(path) ?? null, mode: null, owner: null, size: null };
-    if (keep.has(path)) {
-      operations.push({ ...base, sign: '!', why: 'kept: remove it with --purge' });
+    const reason = keep.get(path);
+    if (reason !== undefined) {
+      operations.push({ ...base, sign: '!', why: `kept: ${reason}` });
       continue;
     }
     if (kind === 'directory' && look.children(path).some((child) => !gone.has(child))) continue;

@@ -210,6 +210,14 @@ describe('on a host, below another root', () => {
     const titles = notes.map(({ title }) => title).join('\n');
     expect(titles).toMatch(/SELinux/);
     expect(titles).toMatch(/firewalld/);
+    // Asked for once, the link is left out for good: taken back, NetworkManager would take its addresses off.
+    const settings = '/etc/NetworkManager/conf.d/90-kvm-ib.conf';
+    for (const args of [['--unmanaged-device'], []]) {
+      await report(['install', 'host', ...args]);
+      expect(readFileSync(at(settings), 'utf8')).toMatch(
+        /^unmanaged-devices\+=interface-name:virbr1;interface-name:ib0$/m,
+      );
+    }
     await report(['uninstall', 'host']);
     expect(existsSync(at('/etc/NetworkManager/conf.d'))).toBe(false);
     expect(existsSync(at('/etc/NetworkManager/dispatcher.d'))).toBe(true);
@@ -351,6 +359,7 @@ describe('on a front-end, below another root', () => {
       ...actions.map((action) => `vmm/kvm-ib/${action}`),
       'im/kvm-probes.d/host/system/kvm-ib.sh',
       'im/kvm-probes.d/vm/monitor/kvm-ib.sh',
+      'hooks/kvm-ib/vm-gone.sh',
     ]) {
       expect([path, statSync(at(`${remotes}/${path}`)).mode & 0o7777]).toEqual([path, 0o755]);
     }
@@ -360,6 +369,63 @@ describe('on a front-end, below another root', () => {
       bytes: files.reduce((sum, path) => sum + statSync(at(path)).size, 0),
     });
     expect((await report(['install', 'front-end'])).changed).toBe(false);
+    // What the documentation says of it, to a tenth.
+    const said = /about ([0-9]+) kB in ([0-9]+) files/.exec(
+      readFileSync(join(REPOSITORY, 'docs/install-command.md'), 'utf8'),
+    );
+    expect(Number(said?.[2])).toBe(files.length);
+    expect(Math.abs(Number(said?.[1]) * 1000 - (result.synced?.bytes ?? 0)) / (result.synced?.bytes ?? 1)).toBeLessThan(
+      0.1,
+    );
+  });
+
+  test('the configuration is put beside once, serves later runs, and goes with --purge unless a host has it too', async () => {
+    const path = '/etc/kvm-ib/kvm-ib.yaml';
+    put('/given.yaml', CONFIG.replace('name: ib', 'name: fast'));
+    put('/other.yaml', CONFIG.replace('name: ib', 'name: slow'));
+    expect(signOf(await report(['install', 'front-end', '--config', at('/given.yaml')]), path)).toBe('+');
+    expect([statSync(at(path)).uid, statSync(at(path)).mode & 0o7777]).toEqual([0, 0o644]);
+    const later = await report(['install', 'front-end']);
+    expect(later.notes.map(({ text }) => text).join('\n')).toContain('"fast-guests"');
+    expect(signOf(await report(['install', 'front-end', '--config', at('/other.yaml')]), path)).toBe('!');
+    expect(readFileSync(at(path), 'utf8')).toContain('name: fast');
+    expect(signOf(await report(['uninstall', 'front-end']), path)).toBe('!');
+    await report(['install', 'front-end']);
+    await report(['install', 'host']);
+    expect(signOf(await report(['uninstall', 'host', '--dry-run', '--purge']), path)).toBe('!');
+    expect(signOf(await report(['uninstall', 'front-end', '--purge']), path)).toBe('!');
+    await report(['uninstall', 'host', '--purge']);
+    expect(existsSync(at('/etc/kvm-ib'))).toBe(false);
+  });
+
+  test('sections and templates are written to files that OpenNebula takes, and one that was changed is kept', async () => {
+    const directory = at('/templates');
+    const args = ['install', 'front-end', '--config', at('/given.yaml'), '--templates', directory];
+    put('/given.yaml', CONFIG);
+    await report([...args, '--dry-run']);
+    expect(existsSync(directory)).toBe(false);
+    const { notes } = await report(args);
+    expect(readdirSync(directory).sort()).toEqual([
+      'ib-addresses.net',
+      'ib-guests.net',
+      'ib-vm.txt',
+      'kvm-ib-done.hook',
+      'kvm-ib-poweroff.hook',
+      'vm_mad.conf',
+    ]);
+    expect(readFileSync(join(directory, 'ib-guests.net'), 'utf8')).toMatch(/^VN_MAD +="? *"dummy"$/m);
+    const text = notes.map((note) => note.text).join('\n');
+    for (const command of [
+      `onevnet create ${directory}/ib-guests.net`,
+      `onevnet create ${directory}/ib-addresses.net`,
+      `onehook create ${directory}/kvm-ib-done.hook`,
+    ]) {
+      expect(text).toContain(command);
+    }
+    expect((await report(args)).changed).toBe(false);
+    writeFileSync(join(directory, 'ib-guests.net'), 'NAME = "mine"\n');
+    expect((await report(args)).operations.find(({ path }) => path.endsWith('ib-guests.net'))?.sign).toBe('!');
+    expect(readFileSync(join(directory, 'ib-guests.net'), 'utf8')).toBe('NAME = "mine"\n');
   });
 
   test('a launcher from there finds its parser and the stock script', async () => {
@@ -439,6 +505,8 @@ host other kvm 7
 host kvmib01 kvm-ib "$running"
 echo '</HOST_POOL>'
 `;
+  /** nmcli where NetworkManager runs both links by profiles of its own. */
+  const NMCLI = "#!/bin/sh\nprintf '%s\\n' ib0:connected virbr1:connected lo:unmanaged\n";
   const SCRIPT = `
 given=$1
 for directory in etc usr var; do
@@ -468,7 +536,11 @@ say() { echo "== $1"; }
 try() { name=$1; shift; say "$name"; status=0; "$@" 2>&1 || status=$?; echo "status=$status"; }
 as() { runuser -u oneadmin -- "$@"; }
 
+# Every place that an installation touches, directories too.
+tree() { (find /etc /usr/bin /usr/share/man /var/lib/one -xdev; ls -d /usr/lib/* /var/lib/*) | sort; }
+
 files > $given/before
+tree > $given/tree-before
 try install $NODE $BUNDLE install host --config $given/kvm-ib.yaml
 try again kvm-ib install host
 try told cat /run/systemctl
@@ -480,6 +552,28 @@ try reconcile kvm-ib reconcile
 try alias ip -o -4 address show dev ib0
 try host-probe as /var/lib/one/remotes/im/kvm-probes.d/host/system/kvm-ib.sh kvm 3 kvmib01
 try vm-probe as /var/lib/one/remotes/im/kvm-probes.d/vm/monitor/kvm-ib.sh kvm 3 kvmib01
+# As an older version: one program and one unit differ, and both are what it put there.
+kernel() { nft -a list table ip kvm_ib; ip -4 address show dev ib0; cat /var/lib/kvm-ib/mappings/*; }
+kernel > $given/kernel-before
+echo '// older' > /usr/lib/kvm-ib/engine.mjs
+echo '# older' >> /etc/systemd/system/kvm-ib.timer
+$NODE -e '
+const fs = require("fs"), path = "/usr/lib/kvm-ib/installed.json", unit = "/etc/systemd/system/kvm-ib.timer";
+const record = JSON.parse(fs.readFileSync(path, "utf8"));
+record.files[unit] = require("crypto").createHash("sha256").update(fs.readFileSync(unit)).digest("hex");
+delete record.networks;
+fs.writeFileSync(path, JSON.stringify(record));'
+rm -f /run/systemctl
+try upgrade $NODE $BUNDLE install host
+try told-at-upgrade cat /run/systemctl
+try reconciled kvm-ib reconcile
+kernel > $given/kernel-after
+try kernel-difference diff $given/kernel-before $given/kernel-after
+mkdir /etc/NetworkManager
+install -m 0755 $given/nmcli /usr/bin/nmcli
+try nm-runs-it kvm-ib install host --unmanaged-device
+try nm-bridge kvm-ib install host --dry-run
+rm -r /etc/NetworkManager /usr/bin/nmcli
 try refused kvm-ib uninstall host
 try still-there kvm-ib list
 try cut-off kvm-ib remove --vm 42
@@ -499,6 +593,8 @@ try nothing $NODE $BUNDLE uninstall host --purge
 try left sh -c "ls -d /var/lib/kvm-ib /run/kvm-ib /usr/lib/kvm-ib /etc/kvm-ib /usr/bin/kvm-ib 2> /dev/null"
 files > $given/after
 try difference diff $given/before $given/after
+tree > $given/tree-after
+try tree-difference diff $given/tree-before $given/tree-after
 `;
 
   test('installed, the driver maps a VM through sudo, probes show it; uninstalled, nothing is left', async () => {
@@ -507,6 +603,7 @@ try difference diff $given/before $given/after
     put('/script', SCRIPT);
     put('/systemctl', SYSTEMCTL);
     put('/onehost', ONEHOST);
+    put('/nmcli', NMCLI);
     put('/kvm-ib.yaml', CONFIG);
     put('/domain.xml', `${domainOf(vm)}\n`);
     put('/datastores/42/vm.xml', `${vmXmlOf(vm)}\n`);
@@ -546,6 +643,18 @@ try difference diff $given/before $given/after
     expect(Buffer.from(monitor, 'base64').toString()).toBe(
       'KVM_IB_STATE="OK"\nKVM_IB_DRIFT="0"\nKVM_IB_ADDRESSES="192.168.10.202"\n',
     );
+    done('upgrade');
+    expect(of('upgrade')).toContain('~ file /usr/lib/kvm-ib/engine.mjs');
+    expect(of('upgrade')).toContain('~ file /etc/systemd/system/kvm-ib.timer');
+    expect(
+      of('told-at-upgrade')
+        .split('\n')
+        .filter((line) => !line.startsWith('--quiet')),
+    ).toEqual(['daemon-reload', 'reload-or-restart kvm-ib-reconcile.service', 'status=0']);
+    done('reconciled');
+    expect(of('kernel-difference')).toBe('status=0');
+    expect(of('nm-runs-it')).toMatch(/Cannot take ib0 from NetworkManager[\s\S]*status=4$/);
+    expect(of('nm-bridge')).toMatch(/NetworkManager runs the bridge virbr1 by a profile of its own/);
     expect(of('refused')).toMatch(/VMs are mapped: 42[\s\S]*status=4$/);
     expect(of('still-there')).toContain('192.168.10.202');
     expect(of('busy')).toMatch(/VMs run on hosts of this driver: kvmib01\n[\s\S]*status=4$/);
@@ -556,5 +665,6 @@ try difference diff $given/before $given/after
     expect(of('nothing')).toBe('Nothing to change.\nstatus=0');
     expect(of('left')).toBe('status=2');
     expect(of('difference')).toBe('status=0');
+    expect(of('tree-difference')).toBe('status=0');
   });
 });

@@ -19,7 +19,7 @@ const RULES: Readonly<Record<string, Rule>> = {
   libvirt: { folders: ['core'], packages: [] },
   link: { folders: ['core'], packages: [] },
   nat: { folders: ['core', 'nftables-json'], packages: [] },
-  ops: { folders: ['core', 'opennebula', 'nat', 'link'], packages: [] },
+  ops: { folders: ['core', 'opennebula', 'libvirt', 'nat', 'link'], packages: [] },
   // host implements the ports that ops declares; it calls no operation.
   host: { folders: ['core', 'nftables-json', 'nat', 'link', 'ops'], packages: ['node:', 'koffi', 'netlink', 'yaml'] },
   driver: { folders: ['core', 'host', 'libvirt', 'opennebula', 'ops'], packages: ['node:', 'valibot'] },

@@ -6,7 +6,14 @@ import type { Item, Observation, Operation, Seen } from '../../lib/ops/install.t
 import { planInstall, planUninstall } from '../../lib/ops/install.ts';
 import { frontEndItems, syncedSize } from '../../lib/ops/install-front-end.ts';
 import type { HostFacts } from '../../lib/ops/install-host.ts';
-import { hostItems, hostNotes, hostSteps, hostUninstallSteps, unmanagedText } from '../../lib/ops/install-host.ts';
+import {
+  hostItems,
+  hostNotes,
+  hostSteps,
+  hostUninstallSteps,
+  unmanagedLinks,
+  unmanagedText,
+} from '../../lib/ops/install-host.ts';
 
 const CONFIG: Config = {
   networks: [
@@ -27,12 +34,14 @@ const FACTS: HostFacts = {
   unitsRunning: false,
   conntrack: true,
   networkManager: false,
+  managed: new Map(),
+  unmanagedDevice: false,
   selinux: false,
   firewalld: false,
   config: CONFIG,
   configProblem: null,
   givenConfig: null,
-  links: new Set(['ib0', 'virbr1']),
+  libvirt: { items: [], steps: [], notes: [], made: [] },
 };
 const PACKAGE = [
   { path: 'drivers/vmm/kvm-ib/deploy', mode: 0o755 },
@@ -148,7 +157,7 @@ describe('uninstalling', () => {
     items,
     inside: ['/lib/ours/engine', '/lib/ours/of-an-older-version'],
     madeDirectories: ['/etc/shared.d'],
-    keep: new Set(['/etc/kvm-ib/kvm-ib.yaml']),
+    keep: new Map([['/etc/kvm-ib/kvm-ib.yaml', 'remove it with --purge']]),
   };
   const recorded = { '/etc/shared.d/x': 'new', '/etc/old-place': 'old' };
 
@@ -172,7 +181,7 @@ describe('uninstalling', () => {
   });
 
   test('takes the configuration and its directory too with --purge', () => {
-    const paths = planUninstall({ ...removal, keep: new Set() }, tree(there, recorded)).map(
+    const paths = planUninstall({ ...removal, keep: new Map() }, tree(there, recorded)).map(
       ({ sign, path }) => `${sign} ${path}`,
     );
     expect(paths).toContain('- /etc/kvm-ib/kvm-ib.yaml');
@@ -234,7 +243,6 @@ describe('what is left to the operator', () => {
 
   test.each<[string, Partial<HostFacts>, RegExp]>([
     ['the configuration', { config: null }, /names no network yet/],
-    ['the libvirt network', { links: new Set(['ib0']) }, /bridge virbr1 of network ib is not there/],
     ['what repairs without systemd', { systemd: false }, /systemd does not run/],
     ['the second run on the host', { live: false }, /not the running system/],
     ['labels under SELinux', { selinux: true }, /SELinux/],
@@ -245,14 +253,19 @@ describe('what is left to the operator', () => {
 });
 
 test('NetworkManager is told to leave the bridges alone, and nothing else', () => {
-  const settings = unmanagedText(CONFIG.networks)
+  const links = (over: Partial<HostFacts>): readonly string[] => unmanagedLinks(CONFIG.networks, { ...FACTS, ...over });
+  const settings = unmanagedText(links({}))
     .split('\n')
     .filter((line) => line !== '' && !line.startsWith('#'));
   expect(settings).toEqual(['[keyfile]', 'unmanaged-devices+=interface-name:virbr1']);
+  expect(links({ unmanagedDevice: true })).toEqual(['virbr1', 'ib0']);
+  // One that it runs itself would lose its addresses.
+  expect(links({ managed: new Map([['virbr1', 'connected']]) })).toEqual([]);
+  expect(links({ managed: new Map([['virbr1', 'connected (externally)']]) })).toEqual(['virbr1']);
 });
 
 test('the front-end gets driver and probes at the paths that OpenNebula looks at, and the size is counted', () => {
-  const operations = planInstall(frontEndItems(PACKAGE), tree({}));
+  const operations = planInstall(frontEndItems(PACKAGE, null), tree({}));
   const files = operations.filter(({ kind }) => kind === 'file').map(({ path }) => path);
   expect(files).toEqual([
     '/var/lib/one/remotes/vmm/kvm-ib/parser.mjs',

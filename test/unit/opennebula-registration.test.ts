@@ -5,6 +5,7 @@ import type { Network } from '../../lib/core/mapping.ts';
 import {
   addressNetworkTemplate,
   guestNetworkTemplate,
+  hookTemplates,
   isRegistered,
   liveSnapshotsLine,
   nicExample,
@@ -121,6 +122,37 @@ GUEST_MTU       = "4092"
 AR = [ TYPE = "IP4", IP = "192.168.122.2", SIZE = "5" ]
 `);
     expect(addressNetworkTemplate(NETWORK)).toContain('AR = [ TYPE = "IP4", IP = "192.168.10.202", SIZE = "5" ]');
-    expect(nicExample(NETWORK)).toContain('NETWORK = "ib-addresses", EXTERNAL = "YES"');
+    expect(addressNetworkTemplate(NETWORK)).toMatch(/^EXTERNAL = "YES"$/m);
+    expect(nicExample(NETWORK, seven)).toContain('NETWORK = "ib-addresses", EXTERNAL = "YES"');
+    // There it is inherited from the virtual network, and users may not write it.
+    expect(nicExample(NETWORK, parseOneVersion('6.0.0'))).not.toContain('EXTERNAL');
   });
+});
+
+test('the state hooks stand for states without a driver action, on the host, with the VM on standard input', () => {
+  const [poweroff, done] = hookTemplates().map(({ text }) =>
+    Object.fromEntries(
+      text
+        .trim()
+        .split('\n')
+        .map((line) => line.split(/ += /) as [string, string]),
+    ),
+  );
+  const both = {
+    TYPE: '"state"',
+    RESOURCE: '"VM"',
+    COMMAND: '"kvm-ib/vm-gone.sh"',
+    ARGUMENTS: '"$TEMPLATE"',
+    ARGUMENTS_STDIN: '"YES"',
+    REMOTE: '"YES"',
+    TIMEOUT: '"120"',
+  };
+  expect(poweroff).toEqual({
+    ...both,
+    NAME: '"kvm-ib-poweroff"',
+    ON: '"CUSTOM"',
+    STATE: '"POWEROFF"',
+    LCM_STATE: '"LCM_INIT"',
+  });
+  expect(done).toEqual({ ...both, NAME: '"kvm-ib-done"', ON: '"DONE"' });
 });

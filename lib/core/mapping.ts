@@ -14,6 +14,8 @@ export interface Network {
   readonly addresses: Range;
   /** False: the guard rules are off and unmapped guests are routed as the kernel would. */
   readonly isolate: boolean;
+  /** False: no ARP probe before an address is taken, for a fabric where something answers for every address. */
+  readonly probe?: boolean;
 }
 
 export interface StaticMapping {

@@ -47,7 +47,13 @@ export type Change =
       readonly guest: Ipv4;
       readonly label: string;
     }
-  | { readonly kind: 'announce'; readonly device: LinkName; readonly address: Ipv4; readonly guest: Ipv4 };
+  | {
+      readonly kind: 'announce';
+      readonly device: LinkName;
+      readonly address: Ipv4;
+      readonly guest: Ipv4;
+      readonly label: string;
+    };
 
 /** An alias of ours as the kernel shows it. */
 export interface ObservedAlias {
@@ -181,8 +187,9 @@ export function plan(desired: Desired, observed: Observed): readonly Change[] {
     if (pairAdded || aliasAdded)
       flushes.push({ kind: 'flush-foreign', guest: m.guest, address: m.address, device: m.device });
     if (aliasAdded) {
-      aliasesOn.push({ kind: 'add-alias', device: m.device, address: m.address, guest: m.guest, label: m.label });
-      announcements.push({ kind: 'announce', device: m.device, address: m.address, guest: m.guest });
+      const { device, address, guest, label } = m;
+      aliasesOn.push({ kind: 'add-alias', device, address, guest, label });
+      announcements.push({ kind: 'announce', device, address, guest, label });
     }
   }
 

@@ -79,8 +79,9 @@ function vmLines({ state, drift, addresses }: VmReport): string {
 
 /** Equal for configurations that mean the same: comments, order of keys and ways to write a range do not count. */
 export function configHash(config: Config): string {
-  const networks = config.networks.map(({ name, device, bridge, guests, addresses, isolate }) => {
-    return [name, device, bridge, guests.first, guests.last, addresses.first, addresses.last, isolate];
+  const networks = config.networks.map(({ name, device, bridge, guests, addresses, isolate, probe }) => {
+    const ranges = [guests.first, guests.last, addresses.first, addresses.last];
+    return [name, device, bridge, ...ranges, isolate, ...(probe === false ? [{ probe }] : [])];
   });
   const text = JSON.stringify([networks, config.static.map(({ guest, address }) => [guest, address])]);
   return createHash('sha256').update(text).digest('hex').slice(0, 16);

@@ -32,7 +32,16 @@ const AF_INET = 2;
 const AF_BRIDGE = 7;
 
 const IFF_UP = 1;
-const IFLA = { address: 1, broadcast: 2, ifname: 3, mtu: 4, master: 10, protinfo: 12, extMask: 29 } as const;
+const IFLA = {
+  address: 1,
+  broadcast: 2,
+  ifname: 3,
+  mtu: 4,
+  master: 10,
+  protinfo: 12,
+  extMask: 29,
+  carrierChanges: 35,
+} as const;
 const IFLA_BRPORT_MODE = 4;
 /** Leave the statistics out of the answer. */
 const RTEXT_FILTER_SKIP_STATS = 8;
@@ -83,6 +92,7 @@ export function decodeLink(message: Message): Link | undefined {
     address: attrs.get(IFLA.address) ?? new Uint8Array(),
     broadcast: attrs.get(IFLA.broadcast) ?? new Uint8Array(),
     master: readU32(attrs.get(IFLA.master) ?? new Uint8Array(), 0) ?? null,
+    carrierChanges: readU32(attrs.get(IFLA.carrierChanges) ?? new Uint8Array(), 0) ?? null,
   };
 }
 

@@ -12,11 +12,16 @@ import type { Change, Desired, Observed } from '../core/plan.ts';
 import { plan } from '../core/plan.ts';
 import type { StateFile, Verdict } from '../core/state.ts';
 import { isOfBoot, mappingsOf, verdictOf, wishOfDomain } from '../core/state.ts';
+import type { RepeatItem } from '../link/ports.ts';
 import type { TableSpec } from '../nat/engine.ts';
-import { apply } from './apply.ts';
+import type { Announced } from './announce.ts';
+import { againOn, announceAgain, seenLinks, standing } from './announce.ts';
+import { apply, repeatLater } from './apply.ts';
 import type { Host } from './host.ts';
 import type { HostView } from './observe.ts';
 import { hindranceOf, observeHost, ownAddressInRange, strangersOf } from './observe.ts';
+import type { Probing } from './probe.ts';
+import { createProbing, takenBy } from './probe.ts';
 import { activeFile, loadTable, removing, stateFile } from './sync.ts';
 
 export interface ReconcileResult {
@@ -32,6 +37,8 @@ export interface ReconcileResult {
   /** What could not be brought right. The rest was. */
   readonly errors: readonly KvmIbError[];
   readonly flushed: number;
+  /** Aliases that were announced again because their link changed, or with `dryRun` would be. */
+  readonly announced: readonly Announced[];
 }
 
 /** One owner, and what is to become of its mappings. */
@@ -163,7 +170,8 @@ export interface Goal extends Desired {
   readonly untouched: ReadonlySet<string>;
 }
 
-export function goalOf(host: Host, intent: Intent, view: HostView): Goal {
+/** @param probing what the fabric answered for addresses that are not on their link yet; without it nobody was asked */
+export function goalOf(host: Host, intent: Intent, view: HostView, probing?: Pick<Probing, 'conflictOf'>): Goal {
   const of = (verdict: Verdict): readonly StateFile[] =>
     intent.entries.filter((entry) => entry.verdict === verdict).map((entry) => entry.file);
   const kept = of('keep').flatMap((file) => file.mappings);
@@ -172,7 +180,7 @@ export function goalOf(host: Host, intent: Intent, view: HostView): Goal {
     intent.entries.flatMap((entry) => mappingsOf(entry.file)),
   );
   const hindered = kept.flatMap((mapping) => {
-    const error = hindranceOf(host.config, mapping, view, strangers);
+    const error = hindranceOf(host.config, mapping, view, strangers) ?? probing?.conflictOf(mapping.address);
     return error === undefined ? [] : [{ mapping, error }];
   });
   const untouched = new Set<string>(
@@ -266,8 +274,13 @@ async function reconcileLocked(host: Host, dryRun: boolean): Promise<ReconcileRe
     flushed += await loadTable(host, view.spec, mappings, view.table);
     view = await observeHost(host);
   }
-  const goal = goalOf(host, intent, view);
-  const changes = plan(goal, view.observed);
+  const links = await seenLinks(host);
+  const { goal, changes, probing } = await probedGoal(host, intent, view);
+  const aliases = standing(
+    intent.entries.filter((e) => e.verdict !== 'release').flatMap((e) => e.file.mappings),
+    view.addresses,
+  );
+  const announced = againOn(links, aliases);
   const releases = intent.entries.filter((entry) => entry.verdict === 'release');
   const errors = [...intent.conflicts, ...ownAddresses(host, view.spec)];
   const warnings = [...intent.warnings];
@@ -283,7 +296,10 @@ async function reconcileLocked(host: Host, dryRun: boolean): Promise<ReconcileRe
     .filter((entry) => entry.verdict === 'leave')
     .map((entry) => ({ owner: ownerName(entry.file.owner), why: entry.why }));
   const name = (entry: Entry): string => ownerName(entry.file.owner);
-  if (dryRun) return { changes, table, released: releases.map(name), left, warnings, errors, flushed };
+  if (dryRun) {
+    warnings.push(...probing.warnings(new Set()));
+    return { changes, table, released: releases.map(name), left, warnings, errors, flushed, announced };
+  }
 
   for (const { file, stored, verdict } of intent.entries) {
     if (verdict === 'release' && file.phase.name !== 'removing') host.store.write(removing(host, file));
@@ -314,15 +330,37 @@ async function reconcileLocked(host: Host, dryRun: boolean): Promise<ReconcileRe
     finish(() => host.store.writeTable({ hostAddresses: view.spec.hostAddresses }));
   }
   if (intent.unreadable.length === 0) finish(() => host.store.repairClaims(host.store.all().files));
+  try {
+    warnings.push(...(await announceAgain(host, links, announced, aliases)));
+  } catch (error) {
+    errors.push(toKvmIbError(error, 'Cannot write the state'));
+  }
   return {
     changes,
     table,
     released: releases.filter(isDone).map(name),
     left,
-    warnings: [...warnings, ...outcome.warnings],
+    warnings: [...warnings, ...probing.warnings(outcome.unannounced), ...outcome.warnings],
     errors: [...errors, ...outcome.errors],
     flushed: flushed + outcome.flushed,
+    announced,
   };
+}
+
+/** The goal and its plan, after the fabric was asked for every address that would be taken: one that answers is left alone. */
+async function probedGoal(
+  host: Host,
+  intent: Intent,
+  view: HostView,
+): Promise<{ readonly goal: Goal; readonly changes: readonly Change[]; readonly probing: Probing }> {
+  const probing = createProbing(host);
+  const goal = goalOf(host, intent, view);
+  const changes = plan(goal, view.observed);
+  const taken = takenBy(changes);
+  await probing.ask(taken);
+  if (!taken.some(({ address }) => probing.conflictOf(address) !== undefined)) return { goal, changes, probing };
+  const rest = goalOf(host, intent, view, probing);
+  return { goal: rest, changes: plan(rest, view.observed), probing };
 }
 
 /** Why the table must be loaded anew. */
@@ -344,6 +382,7 @@ interface ResilientOutcome {
   readonly failed: ReadonlySet<string>;
   readonly flushed: number;
   readonly warnings: readonly string[];
+  readonly unannounced: ReadonlySet<string>;
   readonly errors: readonly KvmIbError[];
 }
 
@@ -360,13 +399,18 @@ async function applyResiliently(
     // Half of it is in the kernel, so what was observed is not so any more; the next reconcile sees.
     if (error instanceof KvmIbError && error.code === 'reversal-failed') {
       const all = [...goal.want, ...goal.release].flatMap((m) => [m.guest, m.address]);
-      return { failed: new Set(all), flushed: 0, warnings: [], errors: [error] };
+      return { failed: new Set(all), flushed: 0, warnings: [], unannounced: new Set(), errors: [error] };
     }
   }
   const failed = new Set<string>();
   const errors: KvmIbError[] = [];
   const warnings: string[] = [];
+  const unannounced = new Set<string>();
   const touched = new Set<string>();
+  // One process repeats all announcements, not one for each mapping.
+  const later: RepeatItem[] = [];
+  const repeat = async (items: readonly RepeatItem[]): Promise<undefined> => void later.push(...items);
+  const collecting = { ...host, announcer: { ...host.announcer, repeat } };
   let flushed = 0;
   let seen = observed;
   const attempt = async (part: Desired, bridges: Observed['bridges']): Promise<void> => {
@@ -378,9 +422,10 @@ async function applyResiliently(
       }
       const steps = plan(part, { ...seen, bridges });
       for (const key of steps.flatMap(addressesOf)) touched.add(key);
-      const applied = await apply(host, steps);
+      const applied = await apply(collecting, steps);
       flushed += applied.flushed;
       warnings.push(...applied.warnings);
+      for (const address of applied.unannounced) unannounced.add(address);
     } catch (error) {
       errors.push(toKvmIbError(error));
       for (const key of keys) failed.add(key);
@@ -395,7 +440,8 @@ async function applyResiliently(
     const inItsWay = goal.release.filter((old) => old.guest === m.guest || old.address === m.address);
     await attempt({ want: [m], release: inItsWay }, []);
   }
-  return { failed, flushed, warnings, errors };
+  warnings.push(...(await repeatLater(host, later)));
+  return { failed, flushed, warnings, unannounced, errors };
 }
 
 function addressesOf(change: Change): readonly Ipv4[] {

@@ -15,6 +15,8 @@ import { rulesetTag } from '../nat/ruleset.ts';
 import { apply, reversalFailed } from './apply.ts';
 import type { Host } from './host.ts';
 import { observedPairs, observeMappings, ownAddressInRange, pairOf, refuseMissingLinks, tableSpec } from './observe.ts';
+import type { Probing } from './probe.ts';
+import { createProbing, takenBy } from './probe.ts';
 
 export interface SyncRequest {
   readonly owner: Owner;
@@ -27,6 +29,8 @@ export interface SyncRequest {
   /** True: the file stays pending until `commit` or `undo`. */
   readonly pending?: boolean;
   readonly dryRun?: boolean;
+  /** Hardware addresses of hosts that may still have the addresses, as `ip link` writes them. */
+  readonly except?: readonly string[];
   /** Of a VM whose domain is there: what of the wish it comes to. */
   readonly domain?: DomainView | undefined;
   /** NIC numbers of aliases that are detached by this. */
@@ -51,9 +55,29 @@ export interface SyncResult {
   readonly warnings: readonly string[];
 }
 
+/** Milliseconds. */
+export interface Timings {
+  /** Spent waiting for other hosts to answer; 0: nothing was probed. */
+  readonly probe: number;
+  /** Of all of it, the probe and the wait for the lock included. */
+  readonly total: number;
+}
+
 /** @throws KvmIbError; the kernel and the files are then as they were before, except with `reversal-failed` */
-export function sync(host: Host, request: SyncRequest): Promise<SyncResult> {
-  return host.withLock(`${request.action} ${ownerName(request.owner)}`, () => syncLocked(host, request));
+export async function sync(host: Host, request: SyncRequest): Promise<SyncResult & { readonly timings: Timings }> {
+  const began = performance.now();
+  const probing = createProbing(host, request.except);
+  await probeAhead(host, request.wish, probing);
+  const who = `${request.action} ${ownerName(request.owner)}`;
+  const result = await host.withLock(who, () => syncLocked(host, request, probing));
+  return { ...result, timings: { probe: probing.spent(), total: performance.now() - began } };
+}
+
+/** Without the lock, so that actions at once do not wait for each other's probes. What is local already is not asked for. */
+async function probeAhead(host: Host, wish: readonly Mapping[], probing: Probing): Promise<void> {
+  const absent: Mapping[] = [];
+  for (const mapping of wish) if (!(await host.links.isLocal(mapping.address))) absent.push(mapping);
+  await probing.ask(absent);
 }
 
 export function nothingDone(owner: Owner, ...warnings: readonly string[]): SyncResult {
@@ -61,7 +85,11 @@ export function nothingDone(owner: Owner, ...warnings: readonly string[]): SyncR
 }
 
 /** sync for a caller that holds the lock. */
-export async function syncLocked(host: Host, asked: SyncRequest): Promise<SyncResult> {
+export async function syncLocked(
+  host: Host,
+  asked: SyncRequest,
+  probing: Probing = createProbing(host, asked.except),
+): Promise<SyncResult> {
   const { owner } = asked;
   const prior = host.store.read(owner);
   const wish = wishFor(asked, prior);
@@ -83,8 +111,11 @@ export async function syncLocked(host: Host, asked: SyncRequest): Promise<SyncRe
   const release = [...before.filter((old) => !wish.some((m) => sameMapping(m, old))), ...stale];
   const observed = await observeMappings(host, wish, release, trusted);
   const changes = plan({ want: wish, release }, observed);
+  const taken = takenBy(changes);
+  await probing.ask(taken);
+  probing.refuse(taken);
   const result = { owner: ownerName(owner), changes };
-  if (request.dryRun) return { ...result, flushed: 0, warnings };
+  if (request.dryRun) return { ...result, flushed: 0, warnings: [...warnings, ...probing.warnings(new Set())] };
   if (isDone(request, prior, changes) && rivals.length === 0) return { ...result, flushed: 0, warnings };
 
   // Where this goes is written before the kernel is touched. The owner's file comes last, since it takes over the claims.
@@ -100,7 +131,8 @@ export async function syncLocked(host: Host, asked: SyncRequest): Promise<SyncRe
       if (wish.length === 0) host.store.remove(owner);
       else if (!request.pending) host.store.write(activeFile(host, owner, wish, detachedAliases(request, prior)));
     });
-    return { ...result, flushed: applied.flushed, warnings: [...warnings, ...applied.warnings] };
+    const unprobed = probing.warnings(applied.unannounced);
+    return { ...result, flushed: applied.flushed, warnings: [...warnings, ...unprobed, ...applied.warnings] };
   } catch (error) {
     const half = error instanceof KvmIbError && error.code === 'reversal-failed';
     throw putBack(host, half ? intents.map((file) => ({ owner: file.owner, file })) : originals, error);

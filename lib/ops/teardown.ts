@@ -52,7 +52,7 @@ export function teardown(
         await host.nat.remove();
         host.store.removeAll();
       });
-      return { changes, table, ...applied };
+      return { changes, table, flushed: applied.flushed, warnings: applied.warnings };
     } catch (error) {
       if (error instanceof KvmIbError && error.code === 'reversal-failed') throw error;
       throw putBack(

@@ -297,6 +297,8 @@ test('the hash of the configuration is that of its meaning', () => {
   const reordered: Config = { static: [], networks: [{ ...network, isolate: true, name: 'ib' }] };
   expect(configHash(reordered)).toBe(configHash(CONFIG));
   expect(configHash({ ...CONFIG, networks: [{ ...network, isolate: false }] })).not.toBe(configHash(CONFIG));
+  expect(configHash({ ...CONFIG, networks: [{ ...network, probe: true }] })).toBe(configHash(CONFIG));
+  expect(configHash({ ...CONFIG, networks: [{ ...network, probe: false }] })).not.toBe(configHash(CONFIG));
   expect(
     configHash({ ...CONFIG, static: [{ guest: network.guests.first, address: network.addresses.first }] }),
   ).not.toBe(configHash(CONFIG));

@@ -195,6 +195,8 @@ export async function createRig(): Promise<Rig> {
     LANG: 'C',
     KVM_IB_CONFIG: config,
     KVM_IB_STATE_DIR: state,
+    // Nobody is on the fabric who could answer.
+    KVM_IB_PROBE_MS: '3',
   };
   const baseline = join(folder, 'baseline');
   const rig: Rig = {
@@ -221,7 +223,7 @@ export async function createRig(): Promise<Rig> {
     ssh(action, args, vmId, stdin) {
       // The session is of this host; nothing but `inside` is asked of it.
       const here = { inside: (argv: readonly string[]) => argv } as unknown as Host;
-      const vars = { KVM_IB_CONFIG: config, KVM_IB_STATE_DIR: state };
+      const vars = { KVM_IB_CONFIG: config, KVM_IB_STATE_DIR: state, KVM_IB_PROBE_MS: '3' };
       const script = join(drivers, action);
       return callAsOneVmmExec({ host: here, script, args, stdin, vmId, hostName: HOST_NAME, env: vars });
     },

@@ -15,7 +15,7 @@ import { ownerName } from '../../lib/core/mapping.ts';
 import type { DomainState, Holder, StateFile } from '../../lib/core/state.ts';
 import { mappingsOf } from '../../lib/core/state.ts';
 import { createStore } from '../../lib/host/store.ts';
-import type { BridgePort, FlushRequest, InetAddress, Link } from '../../lib/link/ports.ts';
+import type { BridgePort, FlushRequest, InetAddress, Link, OtherHolder } from '../../lib/link/ports.ts';
 import type { ElementReader } from '../../lib/nat/nft.ts';
 import { createNftEngine } from '../../lib/nat/nft.ts';
 import type { ElementData, ElementKey, Nft, TableListing } from '../../lib/nftables-json/index.ts';
@@ -30,13 +30,24 @@ export interface FakeFlow {
   readonly reply: { readonly source: string; readonly destination: string };
 }
 
+export interface FakeLink {
+  mtu: number;
+  up: boolean;
+  type: number;
+  /** Last octet of the hardware address. */
+  station?: number;
+  carrierChanges?: number;
+}
+
 /** What the kernel of a host holds. Tests write into it what others would do to it. */
 export interface FakeKernel {
-  readonly links: Map<string, { mtu: number; up: boolean; type: number }>;
+  readonly links: Map<string, FakeLink>;
   addresses: InetAddress[];
   ports: { readonly bridge: string; readonly name: string; hairpin: boolean }[];
   callsIptables: boolean;
   flows: FakeFlow[];
+  /** Other hosts of the fabric, by the IB address that they answer for. */
+  readonly others: Map<string, OtherHolder>;
   readonly nft: Nft;
   /** The table as it is, for readers that cannot wait. */
   table: TableListing | undefined;
@@ -53,6 +64,9 @@ export interface FakeHost extends Host {
   bootId: string;
   readonly dead: Set<number>;
   announcementError: string | undefined;
+  /** Why the process that repeats announcements cannot be started. */
+  repeatError: string | undefined;
+  probeError: string | undefined;
 }
 
 const IB_MTU = 2044;
@@ -60,13 +74,22 @@ const IB_MTU = 2044;
 export const BOOT = 'boot';
 
 export function createFakeKernel(config: Config): FakeKernel {
-  const links = new Map<string, { mtu: number; up: boolean; type: number }>();
+  const links = new Map<string, FakeLink>();
   for (const network of config.networks) {
     links.set(network.device, { mtu: IB_MTU, up: true, type: 32 });
     links.set(network.bridge, { mtu: IB_MTU, up: true, type: 1 });
   }
   links.set('eth0', { mtu: 1500, up: true, type: 1 });
-  return { links, addresses: [], ports: [], callsIptables: false, flows: [], nft: createFakeNft(), table: undefined };
+  return {
+    links,
+    addresses: [],
+    ports: [],
+    callsIptables: false,
+    flows: [],
+    others: new Map(),
+    nft: createFakeNft(),
+    table: undefined,
+  };
 }
 
 const directories: string[] = [];
@@ -103,6 +126,8 @@ export function createFakeHost(config: Config, options: FakeHostOptions = {}): F
     interfaces: new Map(),
     bootId: BOOT,
     announcementError: undefined,
+    repeatError: undefined,
+    probeError: undefined,
     nat: {
       ...engine,
       change: (change) => logged(log, 'nat.change', () => engine.change(change)),
@@ -167,6 +192,20 @@ export function createFakeHost(config: Config, options: FakeHostOptions = {}): F
         const error = host.announcementError;
         return items.map(({ device, address }) => ({ device, address, ...(error === undefined ? {} : { error }) }));
       },
+      repeat: async (items) => {
+        log.push(`repeat ${items.map(({ address, label }) => `${address} ${label}`).join(', ')}`);
+        return host.repeatError;
+      },
+    },
+    prober: {
+      probe: async (items, { except = [] } = {}) => {
+        log.push(`probe ${items.map(({ address }) => address).join(', ')}`);
+        return items.map(({ device, address }) => {
+          if (host.probeError !== undefined) return { device, address, error: host.probeError };
+          const other = kernel.others.get(address);
+          return { device, address, ...(other === undefined || except.includes(other.hardware) ? {} : { other }) };
+        });
+      },
     },
     store: loggedStore(createStore(options.directory ?? temporaryDirectory()), log),
     domains: {
@@ -228,6 +267,10 @@ function loggedStore(store: Store, log: string[]): Store {
       log.push(record === undefined ? 'forget table' : 'record table');
       store.writeTable(record);
     },
+    writeLinks: (records) => {
+      log.push('record links');
+      store.writeLinks(records);
+    },
     all: () => {
       log.push('all files');
       return store.all();
@@ -239,7 +282,10 @@ function linkOf(kernel: FakeKernel, name: string): Link | undefined {
   const link = kernel.links.get(name);
   if (link === undefined) return undefined;
   const index = [...kernel.links.keys()].indexOf(name) + 1;
-  return { index, name, ...link, address: new Uint8Array(6), broadcast: new Uint8Array(6).fill(255), master: null };
+  const length = link.type === 32 ? 20 : 6;
+  const address = new Uint8Array(length).fill(link.station ?? 1, length - 1);
+  const broadcast = new Uint8Array(length).fill(255);
+  return { index, name, ...link, address, broadcast, master: null, carrierChanges: link.carrierChanges ?? 2 };
 }
 
 function requireLink(kernel: FakeKernel, message: string, name: string): { mtu: number } {
@@ -379,6 +425,7 @@ export function withFaults(host: Host, n: number, mode: 'once' | 'on' = 'once'):
       write: wrapSync('store.write', store.write),
       remove: wrapSync('store.remove', store.remove),
       writeTable: wrapSync('store.writeTable', store.writeTable),
+      writeLinks: wrapSync('store.writeLinks', store.writeLinks),
       removeAll: wrapSync('store.removeAll', store.removeAll),
     },
   };

@@ -15,7 +15,7 @@ import type { Mapping, Owner } from '../../lib/core/mapping.ts';
 import type { StateFile } from '../../lib/core/state.ts';
 import { STATE_VERSION } from '../../lib/core/state.ts';
 import { createStore } from '../../lib/host/store.ts';
-import type { Store } from '../../lib/ops/host.ts';
+import type { LinkRecord, Store } from '../../lib/ops/host.ts';
 import { addressOf, guestOf, mapping, temporaryDirectory, vmOwner } from '../support/fake-host.ts';
 
 let directory: string;
@@ -83,9 +83,35 @@ describe('the state directory', () => {
     expect(existsSync(join(directory, 'table.json'))).toBe(false);
   });
 
+  it('keeps the record of the links, and takes what is broken of it for none', () => {
+    const record = { bootId: 'boot', index: 3, hardware: '80:00', carrierChanges: 2 };
+    const records = new Map<string, LinkRecord>([
+      ['ib0', record],
+      ['ib1', { ...record, carrierChanges: null }],
+    ]);
+    expect(store.readLinks()).toEqual(new Map());
+    store.writeLinks(records);
+    expect(store.readLinks()).toEqual(records);
+    const path = join(directory, 'links.json');
+    for (const text of [
+      '',
+      '{',
+      'null',
+      '[]',
+      '{"links":null}',
+      '{"links":[1]}',
+      '{"links":{"ib0":{"index":"3"}}}',
+      '{"links":{"ib0":null}}',
+    ]) {
+      writeFileSync(path, text);
+      expect(store.readLinks(), text).toEqual(new Map());
+    }
+  });
+
   it('is emptied but for what is not ours', () => {
     store.write(file(vmOwner(2), [mapping(2)]));
     store.writeTable({ hostAddresses: new Map() });
+    store.writeLinks(new Map());
     writeFileSync(join(directory, 'lock'), '');
     store.removeAll();
     expect(readdirSync(directory)).toEqual(['lock']);

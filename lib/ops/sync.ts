@@ -8,7 +8,7 @@ import type { Mapping, Owner } from '../core/mapping.ts';
 import { domainName, ownerName, sameMapping } from '../core/mapping.ts';
 import type { Change } from '../core/plan.ts';
 import { plan } from '../core/plan.ts';
-import type { Holder, Phase, StateFile } from '../core/state.ts';
+import type { DomainState, Holder, Phase, StateFile } from '../core/state.ts';
 import { mappingsOf, STATE_VERSION, wishOfDomain } from '../core/state.ts';
 import type { ObservedPairs, TableSpec } from '../nat/engine.ts';
 import { rulesetTag } from '../nat/ruleset.ts';
@@ -31,16 +31,15 @@ export interface SyncRequest {
   readonly dryRun?: boolean;
   /** Hardware addresses of hosts that may still have the addresses, as `ip link` writes them. */
   readonly except?: readonly string[];
-  /** Of a VM whose domain is there: what of the wish it comes to. */
+  /** Of a VM whose domain is there: how that bears on the wish. */
   readonly domain?: DomainView | undefined;
   /** NIC numbers of aliases that are detached by this. */
   readonly detachedAliases?: readonly number[];
 }
 
-/** How the domain of a running VM bears on a wish, see `wishOfDomain`. */
+/** Of the wish for a running VM, what `wishOfDomain` makes of it. */
 export interface DomainView {
-  /** Hardware addresses of its interfaces; undefined: not known. */
-  readonly macs: ReadonlySet<Mac> | undefined;
+  readonly vm: number;
   readonly unmapped: readonly number[];
   readonly attaching: readonly number[];
   /** NICs whose mapping stays as it is, whatever the wish says. */
@@ -69,7 +68,17 @@ export async function sync(host: Host, request: SyncRequest): Promise<SyncResult
   const probing = createProbing(host, request.except);
   await probeAhead(host, request.wish, probing);
   const who = `${request.action} ${ownerName(request.owner)}`;
-  const result = await host.withLock(who, () => syncLocked(host, request, probing));
+  const { domain } = request;
+  const result =
+    domain === undefined
+      ? await host.withLock(who, () => syncLocked(host, request, probing))
+      : await withDomain(host, { kind: 'vm', vm: domain.vm }, who, (seen) =>
+          syncLocked(
+            host,
+            { ...request, wish: (prior) => wishFor(request.wish, domain, macsOf(seen), prior) },
+            probing,
+          ),
+        );
   return { ...result, timings: { probe: probing.spent(), total: performance.now() - began } };
 }
 
@@ -80,19 +89,46 @@ async function probeAhead(host: Host, wish: readonly Mapping[], probing: Probing
   await probing.ask(absent);
 }
 
+/**
+ * Runs `act` under the host lock with what libvirt says of a VM's domain. libvirt is asked before, so that one that is slow or
+ * hangs holds nobody up; if an action came in between and changed the file, it is asked again.
+ */
+export async function withDomain<T>(
+  host: Host,
+  owner: Extract<Owner, { kind: 'vm' }>,
+  who: string,
+  act: (domain: DomainState, file: StateFile | undefined) => Promise<T>,
+): Promise<T> {
+  const before = JSON.stringify(host.store.read(owner));
+  const domain = await host.domains.state(owner.vm);
+  return host.withLock(who, async () => {
+    const file = host.store.read(owner);
+    return act(JSON.stringify(file) === before ? domain : await host.domains.state(owner.vm), file);
+  });
+}
+
+function macsOf(domain: DomainState): ReadonlySet<Mac> | undefined {
+  return domain.kind === 'active' ? domain.macs : undefined;
+}
+
 export function nothingDone(owner: Owner, ...warnings: readonly string[]): SyncResult {
   return { owner: ownerName(owner), changes: [], flushed: 0, warnings };
 }
 
+/** A request whose wish may depend on what the owner has. */
+type LockedRequest = Omit<SyncRequest, 'wish' | 'domain'> & {
+  readonly wish: readonly Mapping[] | ((prior: StateFile | undefined) => readonly Mapping[]);
+};
+
 /** sync for a caller that holds the lock. */
 export async function syncLocked(
   host: Host,
-  asked: SyncRequest,
+  asked: LockedRequest,
   probing: Probing = createProbing(host, asked.except),
 ): Promise<SyncResult> {
   const { owner } = asked;
   const prior = host.store.read(owner);
-  const wish = wishFor(asked, prior);
+  const wish = typeof asked.wish === 'function' ? asked.wish(prior) : asked.wish;
   const request = { ...asked, wish };
   requireDistinct(wish);
   const before = mappingsOf(prior);
@@ -139,13 +175,17 @@ export async function syncLocked(
   }
 }
 
-/** The wish, held against what the owner has and, where it is known, against the domain. */
-function wishFor({ wish, domain }: SyncRequest, prior: StateFile | undefined): readonly Mapping[] {
-  if (domain === undefined) return wish;
+/** The wish, held against what the VM has and, where it is known, against the interfaces of its domain. */
+export function wishFor(
+  wish: readonly Mapping[],
+  domain: DomainView,
+  macs: ReadonlySet<Mac> | undefined,
+  prior: StateFile | undefined,
+): readonly Mapping[] {
   const held = mappingsOf(prior);
   const stays = held.filter((old, index) => domain.keep(old) && held.findIndex((m) => m.nic === old.nic) === index);
   const rest = wish.filter((m) => !stays.some((old) => old.nic === m.nic));
-  return wishOfDomain({ ...domain, mappings: [...rest, ...stays] }, held, domain.macs);
+  return wishOfDomain({ ...domain, mappings: [...rest, ...stays] }, held, macs);
 }
 
 function detachedAliases(request: SyncRequest, prior: StateFile | undefined): readonly number[] {

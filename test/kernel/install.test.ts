@@ -430,8 +430,8 @@ describe('on a front-end, below another root', () => {
 
   test('a launcher from there finds its parser and the stock script', async () => {
     await report(['install', 'front-end']);
-    put(`${remotes}/vmm/kvm/reboot`, '#!/bin/sh\necho "stock $*"\n', 0o755);
-    const result = await run([at(`${remotes}/vmm/kvm-ib/reboot`), 'one-42', 'host', '42', 'host'], { env: ENV });
+    put(`${remotes}/vmm/kvm/poll`, '#!/bin/sh\necho "stock $*"\n', 0o755);
+    const result = await run([at(`${remotes}/vmm/kvm-ib/poll`), 'one-42', 'host', '42', 'host'], { env: ENV });
     expect(result.stdout).toBe('stock one-42 host 42 host\n');
     const parsed = await run([at(`${remotes}/vmm/kvm-ib/deploy`)], { env: ENV });
     expect(parsed.status).not.toBe(0);

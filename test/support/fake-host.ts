@@ -30,9 +30,20 @@ export interface FakeFlow {
   readonly reply: { readonly source: string; readonly destination: string };
 }
 
+export interface FakeLink {
+  mtu: number;
+  readonly up: boolean;
+  readonly type: number;
+  /** False: it is up without a carrier. */
+  readonly running?: boolean;
+  readonly kind?: string;
+  /** Name of the bond or bridge that it belongs to. */
+  readonly master?: string;
+}
+
 /** What the kernel of a host holds. Tests write into it what others would do to it. */
 export interface FakeKernel {
-  readonly links: Map<string, { mtu: number; up: boolean; type: number }>;
+  readonly links: Map<string, FakeLink>;
   addresses: InetAddress[];
   ports: { readonly bridge: string; readonly name: string; hairpin: boolean }[];
   callsIptables: boolean;
@@ -60,7 +71,7 @@ const IB_MTU = 2044;
 export const BOOT = 'boot';
 
 export function createFakeKernel(config: Config): FakeKernel {
-  const links = new Map<string, { mtu: number; up: boolean; type: number }>();
+  const links = new Map<string, FakeLink>();
   for (const network of config.networks) {
     links.set(network.device, { mtu: IB_MTU, up: true, type: 32 });
     links.set(network.bridge, { mtu: IB_MTU, up: true, type: 1 });
@@ -111,6 +122,7 @@ export function createFakeHost(config: Config, options: FakeHostOptions = {}): F
     },
     links: {
       link: async (name) => linkOf(kernel, name),
+      linkAt: async (index) => linkOf(kernel, [...kernel.links.keys()][index - 1] ?? ''),
       addresses: async () => {
         log.push('addresses');
         return kernel.addresses;
@@ -238,8 +250,20 @@ function loggedStore(store: Store, log: string[]): Store {
 function linkOf(kernel: FakeKernel, name: string): Link | undefined {
   const link = kernel.links.get(name);
   if (link === undefined) return undefined;
-  const index = [...kernel.links.keys()].indexOf(name) + 1;
-  return { index, name, ...link, address: new Uint8Array(6), broadcast: new Uint8Array(6).fill(255), master: null };
+  const indexOf = (of: string) => [...kernel.links.keys()].indexOf(of) + 1;
+  const { mtu, up, type, running = up, kind = null, master } = link;
+  return {
+    index: indexOf(name),
+    name,
+    type,
+    mtu,
+    up,
+    running,
+    kind,
+    address: new Uint8Array(6),
+    broadcast: new Uint8Array(6).fill(255),
+    master: master === undefined ? null : indexOf(master),
+  };
 }
 
 function requireLink(kernel: FakeKernel, message: string, name: string): { mtu: number } {

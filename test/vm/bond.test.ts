@@ -9,6 +9,7 @@
  */
 import { mkdtempSync, rmSync } from 'node:fs';
 import { afterAll, afterEach, beforeAll, describe, expect, test } from 'vitest';
+import { PROTOCOL_VERSION, parseAnswer } from '../../lib/driver/protocol.ts';
 import { requireOwnNetns } from '../support/netns.ts';
 import type { Machine } from '../support/vm/machine.ts';
 import { startMachine } from '../support/vm/machine.ts';
@@ -181,11 +182,12 @@ until [ "$(cat /sys/class/net/bond0/carrier)" = 1 ]; do sleep 0.1; done`);
 
   test('the engine of the driver, with its two capabilities, maps a VM on it', async () => {
     const nic = { nic: 0, guest: '192.168.122.3', address: null, mac: '02:00:c0:a8:7a:03', bridge: 'virbr1' };
-    const request = JSON.stringify({ version: 1, verb: 'sync', vm: 43, action: 'deploy', pending: false });
-    const answer = await machine.run(`start=$(cut -d ' ' -f 22 /proc/$$/stat)
-echo '${request.slice(0, -1)},"holder":{"pid":'$$',"start":'$start'},"nics":[${JSON.stringify(nic)}]}' |
-  SUDO_UID=0 /usr/lib/kvm-ib/kvm-ib-engine`);
-    expect(JSON.parse(answer)).toMatchObject({ ok: true });
+    const none = { unmapped: [], keep: [], attaching: [], detachedAliases: [] };
+    const request = { version: PROTOCOL_VERSION, verb: 'sync', vm: 43, action: 'deploy', mode: 'start', ...none };
+    const answers = await machine.run(`start=$(cut -d ' ' -f 22 /proc/$$/stat)
+echo '${JSON.stringify({ ...request, nics: [nic] }).slice(0, -1)},"holder":{"pid":'$$',"start":'$start'}}
+{"verb":"commit"}' | SUDO_UID=0 /usr/lib/kvm-ib/kvm-ib-engine`);
+    expect(answers.trim().split('\n').map(parseAnswer)).toMatchObject([{ ok: true }, { ok: true }]);
     expect(await addresses('bond0')).toContain('inet 192.168.10.203/32 scope global bond0:43-0');
     await ok('remove --vm 43');
     expect(await addresses('bond0')).not.toContain('192.168.10.203');
@@ -272,5 +274,71 @@ ip link set bond1 up`);
     expect(check).not.toContain('is not an IPoIB link');
     expect(check).toContain('bond1 has no carrier: none of its slaves is active');
     await machine.run('ip link delete bond1; ip link delete tia; ip link delete tib');
+  });
+});
+
+describe('a child of a link that goes down with its parent, as P_Key children do', () => {
+  const CHILD_ADDRESS = '192.168.20.202';
+  const flags = async (link: string) =>
+    (await machine.run(`ip -o link show dev ${link}`)).replace(/^.*<(.*)>.*\n/s, '$1');
+
+  beforeAll(async () => {
+    // VLAN 1 of the link stands for partition 0x8001.
+    await machine.run(`set -e
+ip link set iba down
+ip link set iba name ib0
+ip link set ib0 up
+ip address add 192.168.10.1/24 dev ib0
+ip link add link ib0 name ib0.8001 mtu 2000 type vlan id 1
+ip link set ib0.8001 up
+ip address add 192.168.20.1/24 dev ib0.8001
+ip -n fabric link add link fab0 name fab0.8001 type vlan id 1
+ip -n fabric link set fab0.8001 up
+ip -n fabric address add 192.168.20.100/24 dev fab0.8001
+ip netns add guest2
+ip link add vnet4 type veth peer name eth4 netns guest2
+ip link set vnet4 master virbr2 up
+ip -n guest2 address add 192.168.123.2/24 dev eth4
+ip -n guest2 link set eth4 up
+ip -n guest2 route add default via 192.168.123.1`);
+    await configure([
+      { name: 'ib', device: 'ib0', n: 1 },
+      { name: 'ib-8001', device: 'ib0.8001', n: 2 },
+    ]);
+    await ok('reconcile');
+    await ok('add --guest 192.168.122.2 --vm 42 --nic 0');
+  });
+
+  test('is announced on, within its own partition, and leads its own bridge to its MTU', async () => {
+    const frames = await announced(
+      CHILD_ADDRESS,
+      ['fab0', 'fab0.8001'],
+      '/usr/lib/kvm-ib/kvm-ib.mjs add --guest 192.168.123.2 --vm 43 --nic 0',
+    );
+    const outside = frames.filter(({ by, text }) => by === 'fab0' && !text.includes('vlan 1,'));
+    expect(outside).toEqual([]);
+    expect(frames.filter(({ by }) => by === 'fab0.8001').length).toBeGreaterThanOrEqual(2);
+    expect(await addresses('ib0.8001')).toContain(`inet ${CHILD_ADDRESS}/32 scope global ib0.8001:43-0`);
+    expect(await machine.run('cat /sys/class/net/virbr2/mtu')).toBe('2000\n');
+  });
+
+  test('carries packets of its network only', async () => {
+    expect(await pings('fabric', CHILD_ADDRESS)).toContain(' 0% packet loss');
+    expect(await pings('guest2', '192.168.20.100')).toContain(' 0% packet loss');
+    const across = await machine.try(`ip netns exec guest2 busybox ping -c 2 -W 1 ${OUTSIDE}`);
+    expect(across.stdout).toContain('100% packet loss');
+  });
+
+  test('keeps alias and pair while the parent is down, and works again when that is up', async () => {
+    await machine.run('ip link set ib0 down');
+    expect(await flags('ib0.8001')).not.toMatch(/(^|,)UP(,|$)/);
+    const check = await kvmIb('config check');
+    expect(check.status).toBe(6);
+    expect(check.stdout).toContain('ib0.8001 is down');
+    expect(await ok('status')).toContain('OK: 2 mappings');
+    await machine.run('ip link set ib0 up; sleep 0.5');
+    expect(await addresses('ib0.8001')).toContain(`inet ${CHILD_ADDRESS}/32 scope global ib0.8001:43-0`);
+    expect(await pings('fabric', CHILD_ADDRESS)).toContain(' 0% packet loss');
+    expect(await pings('fabric', ADDRESS)).toContain(' 0% packet loss');
   });
 });

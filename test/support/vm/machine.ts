@@ -18,7 +18,7 @@ const SETPRIV = '/usr/bin/setpriv';
 const MEMORY_MB = 768;
 const BOOT_LIMIT_MS = 60_000;
 /** Of one command; init gives up earlier, with what was printed until then. */
-const COMMAND_LIMIT_MS = 50_000;
+const COMMAND_LIMIT_MS = 100_000;
 const repository = join(dirname(fileURLToPath(import.meta.url)), '../../..');
 
 /** Programs of the machine beside busybox: where they lie here, and there when that is elsewhere. */

@@ -511,7 +511,8 @@ async function runTeardown(options: CommonOptions & { readonly force?: boolean }
 }
 
 function readSysctl(name: string): string | undefined {
-  return readProc(`/proc/sys/${name.replaceAll('.', '/')}`);
+  // As sysctl(8): the name of a link may have dots, which are then written as slashes.
+  return readProc(`/proc/sys/${name.replace(/[./]/g, (c) => (c === '.' ? '/' : '.'))}`);
 }
 
 function readProc(path: string): string | undefined {

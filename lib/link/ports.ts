@@ -12,6 +12,10 @@ export interface Link {
   readonly mtu: number;
   /** IFF_UP. */
   readonly up: boolean;
+  /** IFF_RUNNING: it has a carrier; of a bond, an active slave. */
+  readonly running: boolean;
+  /** What `ip -d link` calls it: bond, bridge, veth, ipoib; null where the driver gives no name. */
+  readonly kind: string | null;
   /** Hardware address: 6 bytes on Ethernet, 20 on IPoIB; empty where the device has none. */
   readonly address: Uint8Array;
   readonly broadcast: Uint8Array;
@@ -37,6 +41,7 @@ export interface BridgePort {
 
 export interface Links {
   link(name: LinkName): Promise<Link | undefined>;
+  linkAt(index: number): Promise<Link | undefined>;
   /** Every IPv4 address of the host, by one complete dump. An interrupted dump is repeated, never returned short. */
   addresses(): Promise<readonly InetAddress[]>;
   /** Whether the address is one of this host's own, by one route lookup: cost does not grow with the addresses. */

@@ -16,6 +16,8 @@ import {
   GUEST_MAC,
   GUEST_TO_IB,
   IB_TO_GUEST,
+  MAPPED_ADDRESSES,
+  MAPPED_GUESTS,
   ruleset,
   SCHEMA,
   SCHEMA_KEY,
@@ -55,7 +57,7 @@ export function createNftEngine({ nft: plain, reader }: NftEngineOptions): NatEn
     list: async (spec) => {
       const listing = await nft.listTable(TABLE.family, TABLE.name);
       if (listing === undefined) return { ...NOTHING, differences: [`table ${TABLE.family} ${TABLE.name}: missing`] };
-      return { ...observe(listing), differences: differences(listing, spec) };
+      return { ...observe(listing), differences: [...differences(listing, spec), ...keyDifferences(listing)] };
     },
     change: async (change) => {
       const commands = [
@@ -72,7 +74,9 @@ export function createNftEngine({ nft: plain, reader }: NftEngineOptions): NatEn
         transaction(
           ...ruleset(spec, stale),
           ...[GUEST_TO_IB, IB_TO_GUEST].map((name): Command => ({ flush: { map: { ...IN_TABLE, name } } })),
-          ...[GUEST_MAC, GUEST_ANY_MAC].map((name): Command => ({ flush: { set: { ...IN_TABLE, name } } })),
+          ...[GUEST_MAC, GUEST_ANY_MAC, MAPPED_GUESTS, MAPPED_ADDRESSES].map(
+            (name): Command => ({ flush: { set: { ...IN_TABLE, name } } }),
+          ),
           ...elementCommands('add', elementsOf(pairs), comments),
         ),
       );
@@ -122,7 +126,7 @@ const NOTHING: ObservedPairs = {
   unbound: new Set(),
 };
 
-/** All elements of these pairs: four of the table's maps and sets, changed together or not at all. */
+/** All elements of these pairs, changed together or not at all. */
 export function elementsOf(pairs: readonly Pair[]): Elements {
   return {
     guestToIb: pairs.map(({ guest, address }) => ({ guest, address })),
@@ -132,7 +136,10 @@ export function elementsOf(pairs: readonly Pair[]): Elements {
   };
 }
 
-/** Commands for the elements that are there to add or delete; a deletion goes by key, as the kernel does. */
+/**
+ * Commands for the elements that are there to add or delete; a deletion goes by key, as the kernel does. The sets
+ * `mapped_guests` and `mapped_addresses` go with the maps whose keys they hold.
+ */
 export function elementCommands(
   verb: 'add' | 'delete',
   elements: Elements,
@@ -146,6 +153,8 @@ export function elementCommands(
   const lists: readonly (readonly [string, readonly Element[]])[] = [
     [GUEST_TO_IB, elements.guestToIb.map(({ guest, address }) => (adds ? [named(guest), address] : guest))],
     [IB_TO_GUEST, elements.ibToGuest.map(({ address, guest }) => (adds ? [address, guest] : address))],
+    [MAPPED_GUESTS, elements.guestToIb.map(({ guest }) => guest)],
+    [MAPPED_ADDRESSES, elements.ibToGuest.map(({ address }) => address)],
     [GUEST_MAC, elements.macs.map(({ guest, mac }) => ({ concat: [guest, mac] }))],
     [GUEST_ANY_MAC, elements.unbound],
   ];
@@ -161,12 +170,9 @@ function lookup(reader: ElementReader, pairs: readonly Pair[]): ObservedPairs {
   const tag = reader.get(TABLE.name, SCHEMA, [schemaKey()]);
   const bound = pairs.filter(isBound);
   const guests = pairs.map(({ guest }) => ipv4Bytes(guest));
-  const guestToIb = reader.get(TABLE.name, GUEST_TO_IB, guests);
-  const ibToGuest = reader.get(
-    TABLE.name,
-    IB_TO_GUEST,
-    pairs.map(({ address }) => ipv4Bytes(address)),
-  );
+  const addresses = pairs.map(({ address }) => ipv4Bytes(address));
+  const guestToIb = both(reader, GUEST_TO_IB, MAPPED_GUESTS, guests);
+  const ibToGuest = both(reader, IB_TO_GUEST, MAPPED_ADDRESSES, addresses);
   const macs = reader.get(
     TABLE.name,
     GUEST_MAC,
@@ -183,6 +189,14 @@ function lookup(reader: ElementReader, pairs: readonly Pair[]): ObservedPairs {
     macs: new Set(bound.filter((_, index) => macs[index] !== undefined).map(({ guest, mac }) => `${guest} ${mac}`)),
     unbound: new Set(pairs.filter((_, index) => unbound[index] !== undefined).map(({ guest }) => guest)),
   };
+}
+
+/** The data of a map for each key that the set of its keys has as well. */
+function both(reader: ElementReader, map: string, set: string, keys: readonly Uint8Array[]) {
+  const data = reader.get(TABLE.name, map, keys);
+  const present = reader.get(TABLE.name, set, keys);
+  if (data === 'no-set' || present === 'no-set') return 'no-set';
+  return data.map((value, index) => (present[index] === undefined ? undefined : value));
 }
 
 function isBound(pair: Pair): pair is Pair & { readonly mac: Mac } {
@@ -224,23 +238,50 @@ function printTag(tag: number): string {
   return tag.toString(16).padStart(8, '0');
 }
 
+function mapElements(listing: TableListing, name: string): readonly (readonly [ElementKey, ElementData])[] | undefined {
+  return listing.maps.find((candidate) => candidate.name === name)?.elem;
+}
+
+function setElements(listing: TableListing, name: string): readonly ElementKey[] | undefined {
+  return listing.sets.find((candidate) => candidate.name === name)?.elem;
+}
+
+function addressesOf(elements: readonly ElementKey[] | undefined): ReadonlySet<Ipv4> {
+  return new Set((elements ?? []).flatMap((key) => address(bare(key)) ?? []));
+}
+
+/** Where `mapped_guests` or `mapped_addresses` do not hold the keys of their map; loading the table mends it. */
+function keyDifferences(listing: TableListing): readonly string[] {
+  return (
+    [
+      [GUEST_TO_IB, MAPPED_GUESTS],
+      [IB_TO_GUEST, MAPPED_ADDRESSES],
+    ] as const
+  ).flatMap(([map, set]) => {
+    const keys = new Set(addressPairs(mapElements(listing, map) ?? []).keys());
+    const held = addressesOf(setElements(listing, set));
+    return [
+      ...[...keys].filter((key) => !held.has(key)).map((key) => `set ${set}: lacks ${key} of ${map}`),
+      ...[...held].filter((key) => !keys.has(key)).map((key) => `set ${set}: ${key} is not in ${map}`),
+    ];
+  });
+}
+
 function observe(listing: TableListing): ObservedPairs {
-  const map = (name: string): readonly (readonly [ElementKey, ElementData])[] | undefined =>
-    listing.maps.find((candidate) => candidate.name === name)?.elem;
-  const set = (name: string): readonly ElementKey[] | undefined =>
-    listing.sets.find((candidate) => candidate.name === name)?.elem;
-  const guestToIb = map(GUEST_TO_IB);
-  const ibToGuest = map(IB_TO_GUEST);
-  const macs = set(GUEST_MAC);
-  const unbound = set(GUEST_ANY_MAC);
-  const tag = map(SCHEMA)?.find(([key]) => bare(key) === SCHEMA_KEY)?.[1];
+  const guestToIb = mapElements(listing, GUEST_TO_IB);
+  const ibToGuest = mapElements(listing, IB_TO_GUEST);
+  const macs = setElements(listing, GUEST_MAC);
+  const unbound = setElements(listing, GUEST_ANY_MAC);
+  const guests = setElements(listing, MAPPED_GUESTS);
+  const addresses = setElements(listing, MAPPED_ADDRESSES);
+  const tag = mapElements(listing, SCHEMA)?.find(([key]) => bare(key) === SCHEMA_KEY)?.[1];
   return {
-    table: guestToIb !== undefined && ibToGuest !== undefined && macs !== undefined && unbound !== undefined,
+    table: [guestToIb, ibToGuest, macs, unbound, guests, addresses].every((elements) => elements !== undefined),
     tag: typeof tag === 'number' ? printTag(tag) : null,
     guestToIb: addressPairs(guestToIb ?? []),
     ibToGuest: addressPairs(ibToGuest ?? []),
     macs: new Set((macs ?? []).flatMap(boundOf)),
-    unbound: new Set((unbound ?? []).flatMap((key) => address(bare(key)) ?? [])),
+    unbound: addressesOf(unbound),
   };
 }
 

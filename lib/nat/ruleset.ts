@@ -26,6 +26,9 @@ export const GUEST_TO_IB = 'guest_to_ib';
 export const IB_TO_GUEST = 'ib_to_guest';
 export const GUEST_MAC = 'guest_mac';
 export const GUEST_ANY_MAC = 'guest_any_mac';
+/** The keys of the two maps once more: Linux 6.1 takes no map where a rule only asks whether an address is in it. */
+export const MAPPED_GUESTS = 'mapped_guests';
+export const MAPPED_ADDRESSES = 'mapped_addresses';
 /** Holds the tag of the rule set under this key: read in the time of one lookup, replaced with the rules. */
 export const SCHEMA = 'schema';
 export const SCHEMA_KEY = 1;
@@ -39,6 +42,8 @@ const MAPS: readonly NftMap[] = [
 const SETS: readonly NftSet[] = [
   { ...IN_TABLE, name: GUEST_MAC, type: ['ipv4_addr', 'ether_addr'] },
   { ...IN_TABLE, name: GUEST_ANY_MAC, type: 'ipv4_addr' },
+  { ...IN_TABLE, name: MAPPED_GUESTS, type: 'ipv4_addr' },
+  { ...IN_TABLE, name: MAPPED_ADDRESSES, type: 'ipv4_addr' },
 ];
 
 /**
@@ -76,7 +81,7 @@ const WAS_DNAT: Statement = { match: { op: 'in', left: { ct: { key: 'status' } }
  * The flow was sent to an IB address of this host. DNAT alone does not say so: port forwardings of others on the same
  * bridge have it too, and are left alone.
  */
-const WAS_SENT_TO_IB: readonly Statement[] = [WAS_DNAT, is(ORIGINAL_DADDR, `@${IB_TO_GUEST}`)];
+const WAS_SENT_TO_IB: readonly Statement[] = [WAS_DNAT, is(ORIGINAL_DADDR, `@${MAPPED_ADDRESSES}`)];
 
 function is(left: Expression, right: Expression): Statement {
   return { match: { op: '==', left, right } };
@@ -136,7 +141,7 @@ function build(spec: TableSpec): RuleSet {
     const pair: Expression = { concat: [SADDR, { payload: { protocol: 'ether', field: 'saddr' } }] };
     rule(`sender_${name}`, 'mapped guest with its own MAC', is(pair, `@${GUEST_MAC}`), ACCEPT);
     rule(`sender_${name}`, 'mapped guest, mapping without a MAC', is(SADDR, `@${GUEST_ANY_MAC}`), ACCEPT);
-    rule(`sender_${name}`, 'forged: mapped guest address with another MAC', is(SADDR, `@${GUEST_TO_IB}`), ...DROP);
+    rule(`sender_${name}`, 'forged: mapped guest address with another MAC', is(SADDR, `@${MAPPED_GUESTS}`), ...DROP);
     rule(`sender_${name}`, 'guest without a mapping', ...DROP);
 
     chain(`to_fabric_${name}`);
@@ -158,7 +163,7 @@ function build(spec: TableSpec): RuleSet {
     if (others.length > 0) {
       rule(`to_host_${name}`, "the host's address on another network", is(DADDR, oneOf(others)), ...DROP);
     }
-    rule(`to_host_${name}`, 'a mapped source must not be forged', is(SADDR, `@${GUEST_TO_IB}`), goSender);
+    rule(`to_host_${name}`, 'a mapped source must not be forged', is(SADDR, `@${MAPPED_GUESTS}`), goSender);
   }
   if (isolated.length > 0 && networks.length > 1) {
     chain('between_networks');
@@ -186,7 +191,7 @@ function build(spec: TableSpec): RuleSet {
   rule('postrouting', 'guest to a guest here by IB address: seen with its own', ...loopback, SNAT_BY_MAP);
   for (const network of networks) {
     // The host picks the IB address itself as source, since the alias makes it local.
-    const fromHost = [is(OIFNAME, network.bridge), WAS_DNAT, is(SADDR, `@${IB_TO_GUEST}`)];
+    const fromHost = [is(OIFNAME, network.bridge), WAS_DNAT, is(SADDR, `@${MAPPED_ADDRESSES}`)];
     const own = hostOf(network)[0];
     const seenAs: Statement = own === undefined ? { masquerade: null } : { snat: { addr: own } };
     rule('postrouting', `${network.name}: host to an IB address: guest sees the host`, ...fromHost, seenAs);
@@ -199,7 +204,7 @@ function build(spec: TableSpec): RuleSet {
     const guarded = is(OIFNAME, oneOf(isolated.map((network) => network.bridge)));
     rule('guard_forward', 'IB address used through a foreign link', guarded, ...WAS_SENT_TO_IB, ...DROP);
   }
-  const toMapped = [isNot(IIFNAME, 'lo'), is(DADDR, `@${IB_TO_GUEST}`)];
+  const toMapped = [isNot(IIFNAME, 'lo'), is(DADDR, `@${MAPPED_ADDRESSES}`)];
   rule('guard_input', 'packet for a guest that was not translated', ...toMapped, { goto: { target: 'not_for_host' } });
   if (isolated.length > 0) {
     const byBridge = isolated.map(({ bridge, name }) => [bridge, { goto: { target: `to_host_${name}` } }] as const);

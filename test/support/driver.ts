@@ -255,7 +255,8 @@ export async function createRig(): Promise<Rig> {
       ),
     reset() {
       const elements = ['map ip kvm_ib guest_to_ib', 'map ip kvm_ib ib_to_guest', 'set ip kvm_ib guest_mac'];
-      const flush = [...elements, 'set ip kvm_ib guest_any_mac'].map((set) => `flush ${set}`).join('; ');
+      const sets = ['guest_any_mac', 'mapped_guests', 'mapped_addresses'].map((set) => `set ip kvm_ib ${set}`);
+      const flush = [...elements, ...sets].map((set) => `flush ${set}`).join('; ');
       // The table may be gone: then there is nothing to flush.
       spawnSync(NFT, [flush], { stdio: 'ignore' });
       const addresses = 'address flush dev ib0 scope global\naddress add 192.168.10.1/24 dev ib0\n';

@@ -33,10 +33,15 @@ export interface FakeFlow {
 export interface FakeLink {
   mtu: number;
   up: boolean;
-  type: number;
+  readonly type: number;
   /** Last octet of the hardware address. */
   station?: number;
   carrierChanges?: number;
+  /** False: it is up without a carrier. */
+  readonly running?: boolean;
+  readonly kind?: string;
+  /** Name of the bond or bridge that it belongs to. */
+  readonly master?: string;
 }
 
 /** What the kernel of a host holds. Tests write into it what others would do to it. */
@@ -136,6 +141,7 @@ export function createFakeHost(config: Config, options: FakeHostOptions = {}): F
     },
     links: {
       link: async (name) => linkOf(kernel, name),
+      linkAt: async (index) => linkOf(kernel, [...kernel.links.keys()][index - 1] ?? ''),
       addresses: async () => {
         log.push('addresses');
         return kernel.addresses;
@@ -281,11 +287,22 @@ function loggedStore(store: Store, log: string[]): Store {
 function linkOf(kernel: FakeKernel, name: string): Link | undefined {
   const link = kernel.links.get(name);
   if (link === undefined) return undefined;
-  const index = [...kernel.links.keys()].indexOf(name) + 1;
-  const length = link.type === 32 ? 20 : 6;
-  const address = new Uint8Array(length).fill(link.station ?? 1, length - 1);
-  const broadcast = new Uint8Array(length).fill(255);
-  return { index, name, ...link, address, broadcast, master: null, carrierChanges: link.carrierChanges ?? 2 };
+  const indexOf = (of: string) => [...kernel.links.keys()].indexOf(of) + 1;
+  const { mtu, up, type, running = up, kind = null, master, station = 1, carrierChanges = 2 } = link;
+  const length = type === 32 ? 20 : 6;
+  return {
+    index: indexOf(name),
+    name,
+    type,
+    mtu,
+    up,
+    running,
+    kind,
+    address: new Uint8Array(length).fill(station, length - 1),
+    broadcast: new Uint8Array(length).fill(255),
+    master: master === undefined ? null : indexOf(master),
+    carrierChanges,
+  };
 }
 
 function requireLink(kernel: FakeKernel, message: string, name: string): { mtu: number } {

@@ -23,6 +23,8 @@ const ethernet: Link = {
   type: 1,
   mtu: 1500,
   up: true,
+  running: true,
+  kind: null,
   address: bytes('02:00:c0:a8:0a:ca'),
   broadcast: bytes('ff:ff:ff:ff:ff:ff'),
   master: null,

@@ -295,6 +295,7 @@ export function resolveMapping(config: Config, wish: NicWish): Mapping {
     vm: wish.vm,
     nic: wish.nic,
     label: aliasLabel(network, wish.guest, wish.vm, wish.nic),
+    named: wish.address !== undefined,
   };
 }
 

@@ -16,6 +16,13 @@ export interface Network {
   readonly isolate: boolean;
 }
 
+/** A network as the table serves it: as configured, with what older mappings need besides. See `served.ts`. */
+export interface ServedNetwork extends Pick<Network, 'name' | 'device' | 'bridge' | 'isolate'> {
+  /** Ascending, with a gap between any two; may be empty. */
+  readonly guests: readonly Range[];
+  readonly addresses: readonly Range[];
+}
+
 export interface StaticMapping {
   readonly guest: Ipv4;
   readonly address: Ipv4;
@@ -42,6 +49,8 @@ export interface Mapping {
   readonly nic: number | null;
   /** Label of the alias on the device, at most 15 characters. */
   readonly label: string;
+  /** True: the IB address was leased or named. False: it came from the range. Absent: made before this was kept. */
+  readonly named?: boolean | undefined;
 }
 
 /** Who wants the mappings of one state file. */

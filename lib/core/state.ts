@@ -66,6 +66,7 @@ const mappingSchema = v.object({
   vm: v.nullable(id),
   nic: v.nullable(id),
   label: v.pipe(v.string(), v.regex(/^[A-Za-z0-9._:-]{1,15}$/)),
+  named: v.optional(v.boolean()),
 });
 const stateSchema = v.object({
   version: v.literal(STATE_VERSION),

@@ -3,7 +3,7 @@
  * declared in `capabilities`, never asked by name above this line.
  */
 import type { Ipv4, Mac } from '../core/address.ts';
-import type { Network } from '../core/mapping.ts';
+import type { ServedNetwork } from '../core/mapping.ts';
 import type { Elements } from '../core/plan.ts';
 
 /** One mapping as the packet path knows it. */
@@ -38,7 +38,7 @@ export interface ObservedTable extends ObservedPairs {
 
 /** Everything the rule set depends on. Pairs are not part of it. */
 export interface TableSpec {
-  readonly networks: readonly Network[];
+  readonly networks: readonly ServedNetwork[];
   /** The host's own IPv4 addresses on each network's device (aliases of ours excluded), by network name; may be empty. */
   readonly hostAddresses: ReadonlyMap<string, readonly Ipv4[]>;
 }

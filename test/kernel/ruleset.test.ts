@@ -3,6 +3,7 @@ import { readFileSync } from 'node:fs';
 import { afterAll, afterEach, beforeAll, beforeEach, describe, expect, test } from 'vitest';
 import { type Ipv4, parseIpv4, parseLinkName, parseMac, type Range, tryParseRange } from '../../lib/core/address.ts';
 import type { Network } from '../../lib/core/mapping.ts';
+import { servedNetworks } from '../../lib/core/served.ts';
 import { exec } from '../../lib/host/exec.ts';
 import { createElementReader, type ElementReader } from '../../lib/host/nf-tables-read.ts';
 import type { NatEngine, Pair, TableSpec } from '../../lib/nat/engine.ts';
@@ -46,7 +47,7 @@ function specOf(networks: readonly Network[], host: Readonly<Record<string, read
     name,
     list.map((address) => parseIpv4(address)),
   ]);
-  return { networks, hostAddresses: new Map(addresses) };
+  return { networks: servedNetworks(networks, []), hostAddresses: new Map(addresses) };
 }
 
 const ONE = specOf([EXAMPLE], { ib: ['192.168.10.1'] });

@@ -216,10 +216,9 @@ export function parseTableRecord(text: string): TableRecord | undefined {
 }
 
 export function printTableRecord({ networks, hostAddresses, configured }: TableRecord): string {
-  const printed = networks.map((network) => ({
-    ...network,
-    guests: network.guests.map(printRange),
-    addresses: network.addresses.map(printRange),
-  }));
+  // Every key by name: equal records have equal texts.
+  const printed = networks.map(({ name, device, bridge, isolate, guests, addresses }) => {
+    return { name, device, bridge, isolate, guests: guests.map(printRange), addresses: addresses.map(printRange) };
+  });
   return JSON.stringify({ networks: printed, hostAddresses: Object.fromEntries(hostAddresses), configured });
 }

@@ -30,8 +30,24 @@ export interface ObservedPairs {
   readonly unbound: ReadonlySet<Ipv4>;
 }
 
+/**
+ * What the host has forwarded for one pair since it was made: between guest and fabric, and between guests of this host
+ * by IB address. Above 2^53 the numbers are rounded.
+ */
+export interface Traffic {
+  readonly sent: Count;
+  readonly received: Count;
+}
+
+export interface Count {
+  readonly packets: number;
+  readonly bytes: number;
+}
+
 /** The whole table, as `status`, `list` and `reconcile` read it. */
 export interface ObservedTable extends ObservedPairs {
+  /** What was counted, by guest address; empty where the engine cannot count. */
+  readonly traffic: ReadonlyMap<Ipv4, Traffic>;
   /** Rules, chains or sets that differ from what the engine would load for this `TableSpec`; empty: as loaded. */
   readonly differences: readonly string[];
 }

@@ -27,6 +27,14 @@ export const GUEST_TO_IB = 'guest_to_ib';
 export const IB_TO_GUEST = 'ib_to_guest';
 export const GUEST_MAC = 'guest_mac';
 export const GUEST_ANY_MAC = 'guest_any_mac';
+/**
+ * Count, for each guest address that has a pair, what the host forwards from it and to it. No rule decides by them: the
+ * look-up that finds the element counts, and that is all. nft before 1.0.6 ignores the counter, so nothing counts there.
+ */
+export const GUEST_SENT = 'guest_sent';
+export const GUEST_RECEIVED = 'guest_received';
+/** They keep their elements, and with these their counts, when the table is loaded anew. */
+export const COUNTING: readonly string[] = [GUEST_SENT, GUEST_RECEIVED];
 /** Holds the tag of the rule set under this key: read in the time of one lookup, replaced with the rules. */
 export const SCHEMA = 'schema';
 export const SCHEMA_KEY = 1;
@@ -40,6 +48,8 @@ const MAPS: readonly NftMap[] = [
 const SETS: readonly NftSet[] = [
   { ...IN_TABLE, name: GUEST_MAC, type: ['ipv4_addr', 'ether_addr'] },
   { ...IN_TABLE, name: GUEST_ANY_MAC, type: 'ipv4_addr' },
+  { ...IN_TABLE, name: GUEST_SENT, type: 'ipv4_addr', stmt: [{ counter: null }] },
+  { ...IN_TABLE, name: GUEST_RECEIVED, type: 'ipv4_addr', stmt: [{ counter: null }] },
 ];
 
 /**
@@ -68,6 +78,7 @@ const DADDR: Expression = { payload: { protocol: 'ip', field: 'daddr' } };
 const ORIGINAL_DADDR: Expression = { ct: { key: 'ip daddr', dir: 'original' } };
 
 const ACCEPT: Statement = { accept: null };
+const RETURN: Statement = { return: null };
 /** Drops are counted, so that a look at the table says why something does not get through; accepts are not: it costs. */
 const DROP: readonly Statement[] = [{ counter: null }, { drop: null }];
 const DNAT_BY_MAP: Statement = { dnat: { addr: { map: { key: DADDR, data: `@${IB_TO_GUEST}` } } } };
@@ -78,6 +89,10 @@ const WAS_DNAT: Statement = { match: { op: 'in', left: { ct: { key: 'status' } }
  * bridge have it too, and are left alone.
  */
 const WAS_SENT_TO_IB: readonly Statement[] = [WAS_DNAT, is(ORIGINAL_DADDR, `@${IB_TO_GUEST}`)];
+
+const TRANSLATED: Statement = { match: { op: 'in', left: { ct: { key: 'status' } }, right: ['snat', 'dnat'] } };
+const COUNT_SENT: Statement = { match: { op: '==', left: SADDR, right: `@${GUEST_SENT}` } };
+const COUNT_RECEIVED: Statement = { match: { op: '==', left: DADDR, right: `@${GUEST_RECEIVED}` } };
 
 function is(left: Expression, right: Expression): Statement {
   return { match: { op: '==', left, right } };
@@ -146,10 +161,15 @@ function build(spec: TableSpec): RuleSet {
     chain(`sender_${name}`);
     rule(`sender_${name}`, `source is no guest address of network ${name}`, ...outside(SADDR, network.guests), ...DROP);
     const pair: Expression = { concat: [SADDR, { payload: { protocol: 'ether', field: 'saddr' } }] };
-    rule(`sender_${name}`, 'mapped guest with its own MAC', is(pair, `@${GUEST_MAC}`), ACCEPT);
-    rule(`sender_${name}`, 'mapped guest, mapping without a MAC', is(SADDR, `@${GUEST_ANY_MAC}`), ACCEPT);
+    rule(`sender_${name}`, 'mapped guest with its own MAC', is(pair, `@${GUEST_MAC}`), RETURN);
+    rule(`sender_${name}`, 'mapped guest, mapping without a MAC', is(SADDR, `@${GUEST_ANY_MAC}`), RETURN);
     rule(`sender_${name}`, 'forged: mapped guest address with another MAC', is(SADDR, `@${GUEST_TO_IB}`), ...DROP);
     rule(`sender_${name}`, 'guest without a mapping', ...DROP);
+
+    chain(`by_address_${name}`);
+    rule(`by_address_${name}`, 'the source decides', { jump: { target: `sender_${name}` } });
+    rule(`by_address_${name}`, 'counts what the guest sends', COUNT_SENT);
+    rule(`by_address_${name}`, 'counts what the guest receives', COUNT_RECEIVED);
   }
   for (const network of isolated) {
     const { name } = network;
@@ -157,26 +177,28 @@ function build(spec: TableSpec): RuleSet {
     chain(`to_fabric_${name}`);
     const invalid: Statement = { match: { op: 'in', left: { ct: { key: 'state' } }, right: 'invalid' } };
     rule(`to_fabric_${name}`, 'NAT skips invalid packets: guest address would leave', invalid, ...DROP);
-    rule(`to_fabric_${name}`, 'the source decides', goSender);
+    rule(`to_fabric_${name}`, 'the source decides', { jump: { target: `sender_${name}` } });
+    rule(`to_fabric_${name}`, 'counts what the guest sends', COUNT_SENT);
 
     chain(`to_guests_${name}`);
     if (sharesBridge(network)) {
       rule(`to_guests_${name}`, 'guest of another network', ...outside(DADDR, network.guests), ...DROP);
     }
-    const translated: Statement = { match: { op: 'in', left: { ct: { key: 'status' } }, right: ['snat', 'dnat'] } };
-    rule(`to_guests_${name}`, 'translated: sent to an IB address, or an answer', translated, ACCEPT);
+    rule(`to_guests_${name}`, 'counts what the guest receives', TRANSLATED, COUNT_RECEIVED, ACCEPT);
+    rule(`to_guests_${name}`, 'translated: sent to an IB address, or an answer', TRANSLATED, ACCEPT);
     rule(`to_guests_${name}`, 'guest address used directly from the fabric', ...DROP);
 
     if (onBridge(network.bridge)[0] === network) {
       chain(`between_guests_${name}`);
       if (!sharesBridge(network)) {
-        rule(`between_guests_${name}`, 'by IB address only; bridged frames pass', ...WAS_SENT_TO_IB, goSender);
+        const target: Statement = { goto: { target: `by_address_${name}` } };
+        rule(`between_guests_${name}`, 'by IB address only; bridged frames pass', ...WAS_SENT_TO_IB, target);
       } else {
         for (const one of onBridge(network.bridge)) {
           const guests = rangesOf(one.guests);
           if (guests === undefined) continue;
           const within = [...WAS_SENT_TO_IB, is(SADDR, guests), is(DADDR, guests)];
-          const target: Statement = { goto: { target: `sender_${one.name}` } };
+          const target: Statement = { goto: { target: `by_address_${one.name}` } };
           rule(`between_guests_${name}`, `within network ${one.name}`, ...within, target);
         }
         rule(`between_guests_${name}`, 'networks do not mix', ...WAS_SENT_TO_IB, ...DROP);
@@ -218,7 +240,7 @@ function build(spec: TableSpec): RuleSet {
         ...WAS_SENT_TO_IB,
         is(DADDR, guests),
         {
-          goto: { target: `sender_${from.name}` },
+          goto: { target: `by_address_${from.name}` },
         },
       );
     }
@@ -227,6 +249,19 @@ function build(spec: TableSpec): RuleSet {
   if (isolated.length > 0 && networks.length > 1) {
     chain('between_networks');
     rule('between_networks', 'networks do not mix', ...DROP);
+  }
+  if (isolated.length < networks.length) {
+    for (const [name, ...of] of [
+      ['open_to_fabric', COUNT_SENT],
+      ['open_to_guests', COUNT_RECEIVED],
+      ['open_between_guests', COUNT_SENT, COUNT_RECEIVED],
+    ] as const) {
+      chain(name);
+      const when = name === 'open_between_guests' ? WAS_SENT_TO_IB : [TRANSLATED];
+      for (const count of of) {
+        rule(name, `counts what the guest ${count === COUNT_SENT ? 'sends' : 'receives'}`, ...when, count);
+      }
+    }
   }
   chain('not_for_host');
   const answer = is({ ct: { key: 'direction' } }, 'reply');
@@ -258,10 +293,9 @@ function build(spec: TableSpec): RuleSet {
     rule('postrouting', `${network.name}: host to an IB address: guest sees the host`, ...fromHost, seenAs);
   }
 
+  const key: Expression = { concat: [IIFNAME, OIFNAME] };
+  rule('guard_forward', 'from where to where', { vmap: { key, data: { set: verdictsByLinks(networks) } } });
   if (isolated.length > 0) {
-    const pairs = verdictsByLinks(networks);
-    const key: Expression = { concat: [IIFNAME, OIFNAME] };
-    rule('guard_forward', 'from where to where', { vmap: { key, data: { set: pairs } } });
     const guarded = is(OIFNAME, oneOf(distinct(isolated.map((network) => network.bridge))));
     rule('guard_forward', 'IB address used through a foreign link', guarded, ...WAS_SENT_TO_IB, ...DROP);
   }
@@ -306,7 +340,12 @@ function verdictsByLinks(networks: readonly ServedNetwork[]) {
     if (!verdicts.has(key)) verdicts.set(key, [{ concat: [from, out] }, { goto: { target } }]);
   };
   for (const { name, bridge, device, isolate } of networks) {
-    if (!isolate) continue;
+    if (!isolate) {
+      to(bridge, device, 'open_to_fabric');
+      to(device, bridge, 'open_to_guests');
+      to(bridge, bridge, 'open_between_guests');
+      continue;
+    }
     to(bridge, device, `to_fabric_${name}`);
     to(device, bridge, `to_guests_${name}`);
     to(bridge, bridge, `between_guests_${name}`);
@@ -330,8 +369,13 @@ function verdictsByLinks(networks: readonly ServedNetwork[]) {
  * stay: the table is flushed of its rules, never deleted, because with the last rule that uses connection tracking its
  * hooks go, and every translated flow dies.
  * @param stale chains to delete, from `staleChains`; the transaction fails when one is not there
+ * @param remade sets to delete and make anew, from `uncounted`; the same
  */
-export function ruleset(spec: TableSpec, stale: readonly string[] = []): readonly Command[] {
+export function ruleset(
+  spec: TableSpec,
+  stale: readonly string[] = [],
+  remade: readonly string[] = [],
+): readonly Command[] {
   const { maps, sets, chains, rules } = build(spec);
   const schema = { ...IN_TABLE, name: SCHEMA } as const;
   const tag: [number, number] = [SCHEMA_KEY, Number.parseInt(rulesetTag(spec), 16)];
@@ -339,6 +383,7 @@ export function ruleset(spec: TableSpec, stale: readonly string[] = []): readonl
     { add: { table: TABLE } },
     { flush: { table: TABLE } },
     ...stale.map((name): Command => ({ delete: { chain: { ...IN_TABLE, name } } })),
+    ...remade.map((name): Command => ({ delete: { set: { ...IN_TABLE, name } } })),
     ...maps.map((map): Command => ({ add: { map } })),
     ...sets.map((set): Command => ({ add: { set } })),
     ...chains.map((chain): Command => ({ add: { chain } })),
@@ -352,6 +397,14 @@ export function ruleset(spec: TableSpec, stale: readonly string[] = []): readonl
 export function staleChains(listing: TableListing, spec: TableSpec): readonly string[] {
   const wanted = new Map(build(spec).chains.map((chain) => [chain.name, canonical(chain)]));
   return listing.chains.filter((chain) => wanted.get(chain.name) !== canonical(chain)).map((chain) => chain.name);
+}
+
+/**
+ * Sets of a listed table that are to count and do not, as after an upgrade of nft: the kernel refuses to add a set that
+ * is there with other statements. Where nft cannot make them count they are made anew at each load, which does no harm.
+ */
+export function uncounted(listing: TableListing): readonly string[] {
+  return listing.sets.filter(({ name, stmt }) => COUNTING.includes(name) && stmt === undefined).map(({ name }) => name);
 }
 
 /** A 32-bit tag of the rule set as 8 hex digits (FNV-1a of its canonical form): equal for equal rules, else all but surely not. */
@@ -417,8 +470,8 @@ function compareNamed(kind: string, wanted: readonly Named[], listed: readonly N
   for (const name of listedForms.keys()) found.push(`${kind} ${name}: unknown`);
 }
 
-/** What a kernel adds to an object and what does not belong to the rule set. */
-const NOT_COMPARED: readonly string[] = ['handle', 'elem'];
+/** What a kernel adds to an object, what does not belong to the rule set, and the counter of a set, which old nft leaves out. */
+const NOT_COMPARED: readonly string[] = ['handle', 'elem', 'stmt'];
 
 /** One text for all forms of the same thing: keys sorted, counters at zero, anonymous sets and flags in one order. */
 function canonical(value: unknown): string {

@@ -31,6 +31,7 @@ const ETH0 = parseLinkName('eth0');
 const PORT = parseLinkName('vnet2');
 const OUTSIDE = '192.168.10.100';
 const OWN = parseIpv4('192.168.10.1');
+const NONE = { packets: 0, bytes: 0 };
 const SPEC: TableSpec = { networks: servedNetworks(CONFIG.networks, []), hostAddresses: new Map([['ib', [OWN]]]) };
 const NOTHING = elementsOf([]);
 
@@ -139,7 +140,11 @@ export function hostConformance(name: string, make: () => Promise<HostUnderTest>
         unbound: new Set([guestOf(3)]),
       };
       expect(await host.nat.lookup([pair(2), any, pair(4)])).toEqual(expected);
-      expect(await host.nat.list(SPEC)).toEqual({ ...expected, differences: [] });
+      expect(await host.nat.list(SPEC)).toEqual({
+        ...expected,
+        traffic: new Map([2, 3].map((n) => [guestOf(n), { sent: NONE, received: NONE }])),
+        differences: [],
+      });
     });
 
     it('says what is there under the keys that were asked for, whatever it is', async () => {

@@ -251,14 +251,14 @@ function build(spec: TableSpec): RuleSet {
     rule('between_networks', 'networks do not mix', ...DROP);
   }
   if (isolated.length < networks.length) {
-    for (const [name, ...of] of [
-      ['open_to_fabric', COUNT_SENT],
-      ['open_to_guests', COUNT_RECEIVED],
-      ['open_between_guests', COUNT_SENT, COUNT_RECEIVED],
+    // The source of a first packet is translated later only, so its connection does not say so yet.
+    for (const [name, when, counts] of [
+      ['open_to_fabric', [], [COUNT_SENT]],
+      ['open_to_guests', [TRANSLATED], [COUNT_RECEIVED]],
+      ['open_between_guests', WAS_SENT_TO_IB, [COUNT_SENT, COUNT_RECEIVED]],
     ] as const) {
       chain(name);
-      const when = name === 'open_between_guests' ? WAS_SENT_TO_IB : [TRANSLATED];
-      for (const count of of) {
+      for (const count of counts) {
         rule(name, `counts what the guest ${count === COUNT_SENT ? 'sends' : 'receives'}`, ...when, count);
       }
     }

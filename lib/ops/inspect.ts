@@ -8,6 +8,7 @@ import { isOurLabel, ownerName } from '../core/mapping.ts';
 import type { Change, Observed } from '../core/plan.ts';
 import { plan } from '../core/plan.ts';
 import { mappingsOf } from '../core/state.ts';
+import type { ObservedTable } from '../nat/engine.ts';
 import type { Host } from './host.ts';
 import type { HostView } from './observe.ts';
 import { hasAddress, observeHost, ownAddressInRange } from './observe.ts';
@@ -95,7 +96,12 @@ export interface Status {
 const RECONCILE = 'kvm-ib reconcile';
 
 /** Compares files, configuration and kernel. */
-export function status(host: Host): Promise<Status> {
+export async function status(host: Host): Promise<Status> {
+  return (await inspect(host)).status;
+}
+
+/** `status`, and what was seen of the table on the way. */
+export function inspect(host: Host): Promise<{ readonly status: Status; readonly table: ObservedTable }> {
   return host.withLock('status', async () => {
     const intent = await readIntent(host);
     const standing = intent.entries.flatMap((entry) => mappingsOf(entry.file));
@@ -115,7 +121,8 @@ export function status(host: Host): Promise<Status> {
     const outdated = kept.flatMap(({ file }) =>
       file.mappings.flatMap((m) => outdatedOf(host.config, file.owner, m) ?? []),
     );
-    return { ok: drift.length === 0, mappings, drift, outdated, warnings: intent.warnings };
+    const found = { ok: drift.length === 0, mappings, drift, outdated, warnings: intent.warnings };
+    return { status: found, table: view.table };
   });
 }
 

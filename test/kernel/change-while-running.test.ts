@@ -5,6 +5,9 @@
 import { mkdirSync, rmSync, writeFileSync } from 'node:fs';
 import { join, resolve } from 'node:path';
 import { afterEach, beforeEach, describe, expect, test } from 'vitest';
+import { COUNTING, ruleset } from '../../lib/nat/ruleset.ts';
+import { transaction } from '../../lib/nftables-json/transaction.ts';
+import type { Command } from '../../lib/nftables-json/types.ts';
 import type { Status } from '../../lib/ops/inspect.ts';
 import { temporaryDirectory } from '../support/fake-host.ts';
 import { createLab, type Lab, type Stream } from '../support/lab.ts';
@@ -307,6 +310,28 @@ describe.each(CHANGES)('%s', (_, networks, outdated) => {
 });
 
 describe('other changes', () => {
+  test('a table of an earlier version, which did not count, gets the rules of this one', async () => {
+    const spec = lab.spec('h1');
+    const earlier = ruleset(spec).flatMap((command): readonly Command[] => {
+      if (!('add' in command)) return [command];
+      if ('set' in command.add && COUNTING.includes(command.add.set.name)) {
+        const { family, table: of, name } = command.add.set;
+        return [{ delete: { set: { family, table: of, name } } }];
+      }
+      if (!('rule' in command.add)) return [command];
+      return command.add.rule.comment?.startsWith('counts') === true ? [] : [command];
+    });
+    await lab.nft('h1').run(transaction(...earlier));
+    expect(await table()).not.toContain('guest_sent');
+    await expectWhole();
+    await undisturbed(() => done('reconcile'));
+    expect(await table()).toContain('ip saddr @guest_sent');
+    await expectWhole();
+    await expectApart();
+    expect(await table()).toMatch(/set guest_sent \{[^}]*192\.168\.122\.11 counter packets [1-9]/);
+    expect((await status()).drift).toEqual([]);
+  });
+
   test('isolation goes off and comes back on', async () => {
     await undisturbed(async () => {
       configure({ ...FIRST, isolate: false }, SECOND);

@@ -253,7 +253,8 @@ export async function createRig(): Promise<Rig> {
       ),
     reset() {
       const elements = ['map ip kvm_ib guest_to_ib', 'map ip kvm_ib ib_to_guest', 'set ip kvm_ib guest_mac'];
-      const flush = [...elements, 'set ip kvm_ib guest_any_mac'].map((set) => `flush ${set}`).join('; ');
+      const plain = ['guest_any_mac', 'guest_sent', 'guest_received'].map((name) => `set ip kvm_ib ${name}`);
+      const flush = [...elements, ...plain].map((set) => `flush ${set}`).join('; ');
       // The table may be gone: then there is nothing to flush.
       spawnSync(NFT, [flush], { stdio: 'ignore' });
       const addresses = 'address flush dev ib0 scope global\naddress add 192.168.10.1/24 dev ib0\n';

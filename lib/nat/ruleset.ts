@@ -297,7 +297,9 @@ function build(spec: TableSpec): RuleSet {
   rule('guard_forward', 'from where to where', { vmap: { key, data: { set: verdictsByLinks(networks) } } });
   if (isolated.length > 0) {
     const guarded = is(OIFNAME, oneOf(distinct(isolated.map((network) => network.bridge))));
-    rule('guard_forward', 'IB address used through a foreign link', guarded, ...WAS_SENT_TO_IB, ...DROP);
+    // Not by the miss in the look-up above alone: while rules are replaced a packet may find the map of the old ones empty.
+    const foreign = isNot(IIFNAME, oneOf([...devices, ...bridges]));
+    rule('guard_forward', 'IB address used through a foreign link', foreign, guarded, ...WAS_SENT_TO_IB, ...DROP);
   }
   const toMapped = [isNot(IIFNAME, 'lo'), is(DADDR, `@${IB_TO_GUEST}`)];
   rule('guard_input', 'packet for a guest that was not translated', ...toMapped, { goto: { target: 'not_for_host' } });

@@ -3,6 +3,8 @@ import { renameSync, truncateSync, writeFileSync } from 'node:fs';
 import { join } from 'node:path';
 import fc from 'fast-check';
 import { beforeEach, describe, expect, it } from 'vitest';
+import { parseIpv4 } from '../../lib/core/address.ts';
+import { resolveMapping } from '../../lib/core/config.ts';
 import type { Config, Mapping, Owner } from '../../lib/core/mapping.ts';
 import { status } from '../../lib/ops/inspect.ts';
 import { reconcile } from '../../lib/ops/reconcile.ts';
@@ -409,6 +411,13 @@ describe('what stands in the way', () => {
     expect(snapshot(host)).toMatchObject(unitsOf([mapping(2)]));
     const { ok, outdated } = await status(host);
     expect({ ok, outdated }).toMatchObject({ ok: true, outdated: [{ vm: 2, guest: guestOf(2), now: null }] });
+    // What an action costs does not depend on it.
+    host.log.length = 0;
+    const config: Config = { networks: host.config.networks, static: [] };
+    const next = resolveMapping(config, { guest: parseIpv4('10.9.0.3'), mac: null, vm: 3, nic: 0 });
+    await sync(host, request(vmOwner(3), [next]));
+    await sync(host, request(vmOwner(3), []));
+    expect(host.log.filter((call) => ['all files', 'nft list', 'nat.load'].includes(call))).toEqual([]);
     // Repaired as any other.
     host.kernel.addresses = [];
     await reconcile(host);

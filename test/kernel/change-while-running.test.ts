@@ -109,14 +109,19 @@ const table = (): Promise<string> => lab.exec('h1', ['/usr/sbin/nft', 'list', 't
 
 const NAMESPACES = ['out', 'g11', 'g12', 'k11'];
 
+/** Segments of connections that were sent again; first packets of connections that are to get no answer are none of them. */
 async function retransmissions(): Promise<number> {
   let sum = 0;
   for (const name of NAMESPACES) {
-    const lines = (await lab.exec(name, ['/bin/cat', '/proc/net/snmp']))
-      .split('\n')
-      .filter((l) => l.startsWith('Tcp:'));
-    const [names = [], values = []] = lines.map((line) => line.split(' '));
-    sum += Number(values[names.indexOf('RetransSegs')]);
+    const text = await lab.exec(name, ['/bin/cat', '/proc/net/snmp', '/proc/net/netstat']);
+    const value = (group: string, key: string): number => {
+      const lines = text.split('\n').filter((line) => line.startsWith(`${group}:`));
+      const [names = [], values = []] = lines.map((line) => line.split(' '));
+      const found = Number(values[names.indexOf(key)]);
+      if (Number.isNaN(found)) throw new Error(`no ${group} ${key}`);
+      return found;
+    };
+    sum += value('Tcp', 'RetransSegs') - value('TcpExt', 'TCPSynRetrans');
   }
   return sum;
 }
@@ -382,7 +387,7 @@ describe('other changes', () => {
     expect(await lab.reachAll('out', `${B.ib}.113`, SILENCE)).toBe('timeout');
     expect(await lab.reachAll('out', `${A.ib}.11`, SILENCE)).toBe('timeout');
     const arrived = (await Promise.all(guests.map((capture) => capture.stop()))).flat();
-    expect(arrived.filter(({ protocol }) => ['icmp', 'tcp', 'udp'].includes(protocol))).toEqual([]);
+    expect(arrived.filter(({ source }) => source.endsWith('.100'))).toEqual([]);
   });
 
   test('a network that was not isolated is not isolated either after its removal', async () => {

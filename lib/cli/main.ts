@@ -6,7 +6,7 @@ import type { Ipv4 } from '../core/address.ts';
 import { parseIpv4, parseMac } from '../core/address.ts';
 import { bridgeAddress, resolveMapping } from '../core/config.ts';
 import type { ExitStatus } from '../core/errors.ts';
-import { EXIT, errorReport, KvmIbError, toKvmIbError } from '../core/errors.ts';
+import { EXIT, errorReport, KvmIbError, printable, toKvmIbError } from '../core/errors.ts';
 import type { Mapping, Network, Owner } from '../core/mapping.ts';
 
 import type { Change } from '../core/plan.ts';
@@ -24,6 +24,7 @@ import type { Selection } from '../ops/announce.ts';
 import { announce } from '../ops/announce.ts';
 import { checkConfig } from '../ops/check.ts';
 import type { Host } from '../ops/host.ts';
+import type { Outdated } from '../ops/inspect.ts';
 import { list, status } from '../ops/inspect.ts';
 import { obstacles } from '../ops/obstacles.ts';
 import { reconcileAndPublish } from '../ops/publish.ts';
@@ -359,6 +360,7 @@ async function showStatus(options: CommonOptions): Promise<void> {
   }
   if (result.ok) {
     out(`OK: ${result.mappings} ${result.mappings === 1 ? 'mapping' : 'mappings'}, kernel and files agree.\n`);
+    showOutdated(result.outdated);
     return;
   }
   out(
@@ -371,6 +373,18 @@ async function showStatus(options: CommonOptions): Promise<void> {
       { title: 'FIX', value: (d) => d.fix },
     ]),
   );
+  showOutdated(result.outdated);
+}
+
+function showOutdated(outdated: readonly Outdated[]): void {
+  if (outdated.length === 0) return;
+  const count = outdated.length === 1 ? '1 mapping is' : `${outdated.length} mappings are`;
+  out(`${count} of an older configuration; it works as before until it ends:\n`);
+  for (const { owner, nic, guest, address, device, bridge, now, why, ends } of outdated) {
+    const given = now === null ? `nothing: ${printable(why ?? '')}` : `${now.address} on ${now.device}, ${now.bridge}`;
+    out(`  ${owner}${nic === null ? '' : ` NIC ${nic}`}: ${guest} <-> ${address} on ${device}, ${bridge}\n`);
+    out(`    configured now: ${given}\n    ends: ${ends}\n`);
+  }
 }
 
 async function runReconcile(options: CommonOptions & { readonly quiet?: boolean }): Promise<void> {

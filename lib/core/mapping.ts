@@ -18,6 +18,13 @@ export interface Network {
   readonly probe?: boolean;
 }
 
+/** A network as the table serves it: as configured, with what older mappings need besides. See `served.ts`. */
+export interface ServedNetwork extends Pick<Network, 'name' | 'device' | 'bridge' | 'isolate'> {
+  /** Ascending, with a gap between any two; may be empty. */
+  readonly guests: readonly Range[];
+  readonly addresses: readonly Range[];
+}
+
 export interface StaticMapping {
   readonly guest: Ipv4;
   readonly address: Ipv4;

@@ -31,6 +31,7 @@ import { tryParseIpv4 } from '../core/address.ts';
 import { KvmIbError } from '../core/errors.ts';
 import type { Owner } from '../core/mapping.ts';
 import { ownerName } from '../core/mapping.ts';
+import { parseTableRecord, printTableRecord } from '../core/served.ts';
 import type { StateFile } from '../core/state.ts';
 import { mappingsOf, parseStateFile } from '../core/state.ts';
 import type { LinkRecord, Store, TableRecord } from '../ops/host.ts';
@@ -195,17 +196,7 @@ export function createStore(directory: string): Store {
     readTable(): TableRecord | undefined {
       const text = guard(directory, () => readIfThere(join(directory, 'table.json')));
       if (text === undefined) return undefined;
-      try {
-        const raw = JSON.parse(text) as { hostAddresses?: unknown };
-        if (typeof raw.hostAddresses !== 'object' || raw.hostAddresses === null) return undefined;
-        const entries = Object.entries(raw.hostAddresses).map(([name, list]) => {
-          if (!Array.isArray(list)) throw new TypeError('not a list');
-          return [name, list.filter((a): a is Ipv4 => typeof a === 'string' && tryParseIpv4(a) !== undefined)] as const;
-        });
-        return { hostAddresses: new Map(entries) };
-      } catch {
-        return undefined;
-      }
+      return parseTableRecord(text);
     },
 
     writeTable(record: TableRecord | undefined): void {
@@ -213,12 +204,7 @@ export function createStore(directory: string): Store {
       make();
       guard(path, () => {
         if (record === undefined) rmSync(path, { force: true });
-        else
-          replaceFile(
-            directory,
-            path,
-            `${JSON.stringify({ hostAddresses: Object.fromEntries(record.hostAddresses) })}\n`,
-          );
+        else replaceFile(directory, path, `${printTableRecord(record)}\n`);
       });
     },
 

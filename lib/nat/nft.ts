@@ -9,11 +9,14 @@ import { NftError, type NftErrorCode } from '../nftables-json/errors.ts';
 import type { Nft } from '../nftables-json/run.ts';
 import { transaction } from '../nftables-json/transaction.ts';
 import type { Command, Element, ElementData, ElementKey, TableListing } from '../nftables-json/types.ts';
-import type { NatEngine, ObservedPairs, Pair } from './engine.ts';
+import type { Count, NatEngine, ObservedPairs, Pair, TableSpec, Traffic } from './engine.ts';
 import {
+  COUNTING,
   differences,
   GUEST_ANY_MAC,
   GUEST_MAC,
+  GUEST_RECEIVED,
+  GUEST_SENT,
   GUEST_TO_IB,
   IB_TO_GUEST,
   MAPPED_ADDRESSES,
@@ -23,6 +26,7 @@ import {
   SCHEMA_KEY,
   staleChains,
   TABLE,
+  uncounted,
 } from './ruleset.ts';
 
 /** Reads elements of sets and maps of family `ip` by key, at a cost that does not grow with their number. */
@@ -56,8 +60,10 @@ export function createNftEngine({ nft: plain, reader }: NftEngineOptions): NatEn
     lookup: async (pairs) => lookup(reader, pairs),
     list: async (spec) => {
       const listing = await nft.listTable(TABLE.family, TABLE.name);
-      if (listing === undefined) return { ...NOTHING, differences: [`table ${TABLE.family} ${TABLE.name}: missing`] };
-      return { ...observe(listing), differences: [...differences(listing, spec), ...keyDifferences(listing)] };
+      if (listing === undefined)
+        return { ...NOTHING, traffic: new Map(), differences: [`table ${TABLE.family} ${TABLE.name}: missing`] };
+      const found = [...differences(listing, spec), ...keyDifferences(listing), ...countingDifferences(listing)];
+      return { ...observe(listing), traffic: trafficOf(listing), differences: found };
     },
     change: async (change) => {
       const commands = [
@@ -68,24 +74,50 @@ export function createNftEngine({ nft: plain, reader }: NftEngineOptions): NatEn
     },
     load: async (spec, pairs) => {
       const listing = await plain.listTable(TABLE.family, TABLE.name).catch(ignoreUnreadable);
+      if (listing === 'unreadable') {
+        // What its sets look like is not known: they are taken to count, then not to.
+        const emptied = COUNTING.map((name): Command => ({ flush: { set: { ...IN_TABLE, name } } }));
+        await plain.run(loading(spec, pairs, [], [], emptied)).catch(async (error: unknown) => {
+          if (!(error instanceof NftError) || error.code !== 'exists')
+            rethrow('Cannot change the table ip kvm_ib')(error);
+          await nft.run(loading(spec, pairs, [], COUNTING, []));
+        });
+        return;
+      }
       const stale = listing === undefined ? [] : staleChains(listing, spec);
-      const comments = Object.fromEntries(pairs.map((pair) => [pair.guest, pair.comment]));
-      await nft.run(
-        transaction(
-          ...ruleset(spec, stale),
-          ...[GUEST_TO_IB, IB_TO_GUEST].map((name): Command => ({ flush: { map: { ...IN_TABLE, name } } })),
-          ...[GUEST_MAC, GUEST_ANY_MAC, MAPPED_GUESTS, MAPPED_ADDRESSES].map(
-            (name): Command => ({ flush: { set: { ...IN_TABLE, name } } }),
-          ),
-          ...elementCommands('add', elementsOf(pairs), comments),
-        ),
-      );
+      const remade = listing === undefined ? [] : uncounted(listing);
+      const guests = new Set(pairs.map(({ guest }) => guest));
+      const gone = COUNTING.filter((name) => !remade.includes(name)).flatMap((name): readonly Command[] => {
+        const elem = counted(listing, name).flatMap(([guest]) => (guests.has(guest) ? [] : [guest]));
+        return elem.length === 0 ? [] : [{ delete: { element: { ...IN_TABLE, name, elem } } }];
+      });
+      await nft.run(loading(spec, pairs, stale, remade, gone));
     },
     remove: async () => {
       // `add` first: a deletion of what is not there is refused, and nft before 1.0.7 has no `destroy`.
       await nft.run(transaction({ add: { table: TABLE } }, { delete: { table: TABLE } }));
     },
   };
+}
+
+/** @param counts what becomes of the elements that count: those of the pairs stay as they are, or are added */
+function loading(
+  spec: TableSpec,
+  pairs: readonly Pair[],
+  stale: readonly string[],
+  remade: readonly string[],
+  counts: readonly Command[],
+): ReturnType<typeof transaction> {
+  const comments = Object.fromEntries(pairs.map((pair) => [pair.guest, pair.comment]));
+  return transaction(
+    ...ruleset(spec, stale, remade),
+    ...[GUEST_TO_IB, IB_TO_GUEST].map((name): Command => ({ flush: { map: { ...IN_TABLE, name } } })),
+    ...[GUEST_MAC, GUEST_ANY_MAC, MAPPED_GUESTS, MAPPED_ADDRESSES].map(
+      (name): Command => ({ flush: { set: { ...IN_TABLE, name } } }),
+    ),
+    ...counts,
+    ...elementCommands('add', elementsOf(pairs), comments),
+  );
 }
 
 /** What an operator can do about each class of refusal. */
@@ -102,8 +134,8 @@ const REFUSALS: Readonly<Record<NftErrorCode, readonly [ErrorCode, string]>> = {
  * What cannot be listed can still be loaded over; only chains that are not ours any more stay, and do nothing. nft 1.0.6
  * prints broken JSON for a dormant table, which loading wakes.
  */
-function ignoreUnreadable(error: unknown): undefined {
-  if (error instanceof NftError && error.code === 'refused') return undefined;
+function ignoreUnreadable(error: unknown): 'unreadable' {
+  if (error instanceof NftError && error.code === 'refused') return 'unreadable';
   return rethrow('Cannot list the table ip kvm_ib')(error);
 }
 
@@ -138,7 +170,8 @@ export function elementsOf(pairs: readonly Pair[]): Elements {
 
 /**
  * Commands for the elements that are there to add or delete; a deletion goes by key, as the kernel does. The sets
- * `mapped_guests` and `mapped_addresses` go with the maps whose keys they hold.
+ * `mapped_guests` and `mapped_addresses` go with the maps whose keys they hold. The elements that count come and go with
+ * those of `guest_to_ib`; a deletion of theirs adds first, so that none need be there.
  */
 export function elementCommands(
   verb: 'add' | 'delete',
@@ -158,12 +191,15 @@ export function elementCommands(
     [GUEST_MAC, elements.macs.map(({ guest, mac }) => ({ concat: [guest, mac] }))],
     [GUEST_ANY_MAC, elements.unbound],
   ];
-  return lists
-    .filter(([, elem]) => elem.length > 0)
-    .map(([name, elem]): Command => {
-      const element = { ...IN_TABLE, name, elem };
-      return adds ? { add: { element } } : { delete: { element } };
-    });
+  const counting = COUNTING.map((name) => [name, elements.guestToIb.map(({ guest }) => guest)] as const);
+  const commands = (which: 'add' | 'delete', of: readonly (readonly [string, readonly Element[]])[]) =>
+    of
+      .filter(([, elem]) => elem.length > 0)
+      .map(([name, elem]): Command => {
+        const element = { ...IN_TABLE, name, elem };
+        return which === 'add' ? { add: { element } } : { delete: { element } };
+      });
+  return [...commands(verb, lists), ...commands('add', counting), ...(adds ? [] : commands('delete', counting))];
 }
 
 function lookup(reader: ElementReader, pairs: readonly Pair[]): ObservedPairs {
@@ -283,6 +319,40 @@ function observe(listing: TableListing): ObservedPairs {
     macs: new Set((macs ?? []).flatMap(boundOf)),
     unbound: addressesOf(unbound),
   };
+}
+
+/** The elements of a set that counts, with what they counted; undefined: nothing counts there. */
+function counted(listing: TableListing | undefined, name: string): readonly (readonly [Ipv4, Count | undefined])[] {
+  const elements: readonly ElementKey[] = listing?.sets.find((set) => set.name === name)?.elem ?? [];
+  return elements.flatMap((key) => {
+    const guest = address(bare(key));
+    const extras = typeof key === 'object' && 'elem' in key ? key.elem : undefined;
+    return guest === undefined ? [] : [[guest, extras?.counter] as const];
+  });
+}
+
+function trafficOf(listing: TableListing): ReadonlyMap<Ipv4, Traffic> {
+  const received = new Map(counted(listing, GUEST_RECEIVED));
+  return new Map(
+    counted(listing, GUEST_SENT).flatMap(([guest, sent]) => {
+      const other = received.get(guest);
+      return sent === undefined || other === undefined ? [] : [[guest, { sent, received: other }] as const];
+    }),
+  );
+}
+
+/** The sets that count have the guests of the pairs, no more and no less. */
+function countingDifferences(listing: TableListing): readonly string[] {
+  const guests = observe(listing).guestToIb;
+  return COUNTING.filter((name) => listing.sets.some((set) => set.name === name)).flatMap((name) => {
+    const known = new Set(counted(listing, name).map(([guest]) => guest));
+    return [
+      ...([...guests.keys()].every((guest) => known.has(guest))
+        ? []
+        : [`set ${name}: without some guest that has a pair`]),
+      ...([...known].every((guest) => guests.has(guest)) ? [] : [`set ${name}: with a guest that has no pair`]),
+    ];
+  });
 }
 
 function bare(key: ElementKey) {

@@ -1,5 +1,4 @@
 /** Carries out a plan: in order, each reversible change with its reversal noted first, all of it or none. */
-import type { Ipv4 } from '../core/address.ts';
 import { KvmIbError, toKvmIbError } from '../core/errors.ts';
 import type { Change } from '../core/plan.ts';
 import { describe, reverse } from '../core/plan.ts';
@@ -131,8 +130,8 @@ async function perform(host: Host, step: Step): Promise<Outcome> {
 
 /** What a guest's flow to the fabric may have been translated to before the mapping: the host's own address, by a masquerade. */
 function flushRequests(host: Host, flushes: readonly Flush[]): readonly FlushRequest[] {
-  const own = host.store.readTable()?.hostAddresses ?? new Map<string, readonly Ipv4[]>();
-  const staleOn = new Map(host.config.networks.map((n) => [n.device, own.get(n.name) ?? []]));
+  const table = host.store.readTable();
+  const staleOn = new Map((table?.networks ?? []).map((n) => [n.device, table?.hostAddresses.get(n.name) ?? []]));
   return flushes.map((flush): FlushRequest => {
     const { guest, address } = flush;
     if (flush.kind === 'flush-mapping') return { kind: 'mapping', guest, address };

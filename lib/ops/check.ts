@@ -1,5 +1,6 @@
 /** Holds the configuration against the host: `config check`. Reads only. */
 import type { Config, Network } from '../core/mapping.ts';
+import { servedNetworks } from '../core/served.ts';
 import type { Link, Links } from '../link/ports.ts';
 import { ARPHRD } from '../link/ports.ts';
 import { ownAddressInRange, tableSpec } from './observe.ts';
@@ -28,7 +29,7 @@ export async function checkConfig(
   sysctls: Sysctls,
 ): Promise<readonly Finding[]> {
   const findings: Finding[] = [];
-  const spec = tableSpec(host.config, await host.links.addresses());
+  const spec = tableSpec(servedNetworks(host.config.networks, []), await host.links.addresses());
   for (const network of host.config.networks) {
     const device = await host.links.link(network.device);
     const bridge = await host.links.link(network.bridge);

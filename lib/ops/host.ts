@@ -1,15 +1,12 @@
 /** Everything that an operation needs of the host it works on, behind one interface: handed in, never imported. */
 import type { Ipv4 } from '../core/address.ts';
 import type { Config, Owner } from '../core/mapping.ts';
+import type { TableRecord } from '../core/served.ts';
 import type { DomainState, Holder, StateFile } from '../core/state.ts';
 import type { Announcer, Conntrack, Links, Prober } from '../link/ports.ts';
 import type { NatEngine } from '../nat/engine.ts';
 
-/** What the loaded rule set was made for, besides the configuration. */
-export interface TableRecord {
-  /** The host's own addresses by network name. */
-  readonly hostAddresses: ReadonlyMap<string, readonly Ipv4[]>;
-}
+export type { TableRecord };
 
 /** What a link was like when its aliases were last announced by reconcile. */
 export interface LinkRecord {

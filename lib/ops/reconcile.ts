@@ -3,23 +3,24 @@
  * crashed, or whose host was lost. It runs at boot, after a firewall reload and on a timer.
  */
 import type { Ipv4, LinkName, Mac } from '../core/address.ts';
-import { rangeContains } from '../core/address.ts';
 import { resolveMapping } from '../core/config.ts';
 import { KvmIbError, toKvmIbError } from '../core/errors.ts';
 import type { Mapping, Owner } from '../core/mapping.ts';
 import { domainName, isOurLabel, ownerName, sameMapping } from '../core/mapping.ts';
 import type { Change, Desired, Observed } from '../core/plan.ts';
 import { plan } from '../core/plan.ts';
+import { networksText, printTableRecord } from '../core/served.ts';
 import type { StateFile, Verdict } from '../core/state.ts';
 import { isOfBoot, mappingsOf, verdictOf, wishOfDomain } from '../core/state.ts';
 import type { RepeatItem } from '../link/ports.ts';
 import type { TableSpec } from '../nat/engine.ts';
+import { rulesetTag } from '../nat/ruleset.ts';
 import type { Announced } from './announce.ts';
-import { againOn, announceAgain, seenLinks, standing } from './announce.ts';
+import { againOn, announceAgain, seenLinks, standing as standingAliases } from './announce.ts';
 import { apply, repeatLater } from './apply.ts';
 import type { Host } from './host.ts';
 import type { HostView } from './observe.ts';
-import { hindranceOf, observeHost, ownAddressInRange, strangersOf } from './observe.ts';
+import { hasAddress, hindranceOf, neededSpec, observeHost, ownAddressInRange, strangersOf } from './observe.ts';
 import type { Probing } from './probe.ts';
 import { createProbing, takenBy } from './probe.ts';
 import { activeFile, loadTable, removing, stateFile } from './sync.ts';
@@ -197,8 +198,8 @@ export function goalOf(host: Host, intent: Intent, view: HostView, probing?: Pic
     ...of('keep').flatMap((file) => mappingsOf(file).filter((m) => !file.mappings.includes(m))),
   ].filter(isFree);
   // What a file that cannot be read has put there is not known, so nothing unknown goes.
-  const standing = new Set([...untouched, ...orphaned(host, view, [...kept, ...release])]);
-  const strays = intent.unreadable.length > 0 ? [] : strayElements(host, kept, release, standing, view.observed);
+  const standing = new Set([...untouched, ...orphaned(view, [...kept, ...release])]);
+  const strays = intent.unreadable.length > 0 ? [] : strayElements(view.spec, kept, release, standing, view.observed);
   return { want, release: [...release, ...strays], hindered, untouched };
 }
 
@@ -206,10 +207,10 @@ export function goalOf(host: Host, intent: Intent, view: HostView, probing?: Pic
  * Guest and IB addresses of pairs that no file knows but whose alias stands, as after the state was lost. The alias is not
  * ours to remove without a file, and without its pair the host itself would answer at the guest's address.
  */
-function orphaned(host: Host, view: HostView, mappings: readonly Mapping[]): readonly string[] {
+function orphaned(view: HostView, mappings: readonly Mapping[]): readonly string[] {
   const known = new Set(mappings.map((m) => m.address));
   return view.addresses.flatMap(({ device, address, label }) => {
-    const isOurs = host.config.networks.some((n) => n.device === device) && isOurLabel(device, label);
+    const isOurs = view.spec.networks.some((n) => n.device === device) && isOurLabel(device, label);
     const guest = view.observed.ibToGuest.get(address);
     return isOurs && guest !== undefined && !known.has(address) ? [guest, address] : [];
   });
@@ -217,7 +218,7 @@ function orphaned(host: Host, view: HostView, mappings: readonly Mapping[]): rea
 
 /** Elements in our table that no file knows. The table is ours alone, so they go. */
 function strayElements(
-  host: Host,
+  spec: TableSpec,
   kept: readonly Mapping[],
   release: readonly Mapping[],
   untouched: ReadonlySet<string>,
@@ -226,7 +227,7 @@ function strayElements(
   const known = new Set<string>([...untouched, ...[...kept, ...release].flatMap((m) => [m.guest, m.address])]);
   const byGuest = new Map(kept.map((m) => [m.guest, m]));
   const stray = (guest: Ipv4, address: Ipv4, mac: Mac | null): Mapping => {
-    const network = host.config.networks.find((n) => rangeContains(n.addresses, address));
+    const network = spec.networks.find((n) => hasAddress(n, address));
     return {
       network: network?.name ?? '',
       device: network?.device ?? ('lo' as LinkName),
@@ -261,7 +262,9 @@ export function reconcile(host: Host, options: { readonly dryRun?: boolean } = {
 
 async function reconcileLocked(host: Host, dryRun: boolean): Promise<ReconcileResult> {
   const intent = await readIntent(host);
-  let view = await observeHost(host);
+  const standing = intent.entries.flatMap((e) => mappingsOf(e.file));
+  const keep = intent.unreadable.length > 0;
+  let view = await observeHost(host, standing, keep);
   const table = tableDifferences(view);
   const record = host.store.readTable();
   if (table.length === 0 && record === undefined) table.push('it is not known what it was loaded for');
@@ -272,11 +275,11 @@ async function reconcileLocked(host: Host, dryRun: boolean): Promise<ReconcileRe
       .filter((e) => e.verdict !== 'release' && isOfBoot(e.file, bootId))
       .flatMap((e) => e.file.mappings);
     flushed += await loadTable(host, view.spec, mappings, view.table);
-    view = await observeHost(host);
+    view = await observeHost(host, standing, keep);
   }
   const links = await seenLinks(host);
   const { goal, changes, probing } = await probedGoal(host, intent, view);
-  const aliases = standing(
+  const aliases = standingAliases(
     intent.entries.filter((e) => e.verdict !== 'release').flatMap((e) => e.file.mappings),
     view.addresses,
   );
@@ -296,6 +299,10 @@ async function reconcileLocked(host: Host, dryRun: boolean): Promise<ReconcileRe
     .filter((entry) => entry.verdict === 'leave')
     .map((entry) => ({ owner: ownerName(entry.file.owner), why: entry.why }));
   const name = (entry: Entry): string => ownerName(entry.file.owner);
+  if (dryRun && table.length === 0) {
+    const staying = intent.entries.filter((e) => e.verdict !== 'release').flatMap((e) => mappingsOf(e.file));
+    if (isSpare(view.spec, neededSpec(host, staying, view.addresses, keep))) table.push(SPARE);
+  }
   if (dryRun) {
     warnings.push(...probing.warnings(new Set()));
     return { changes, table, released: releases.map(name), left, warnings, errors, flushed, announced };
@@ -305,7 +312,9 @@ async function reconcileLocked(host: Host, dryRun: boolean): Promise<ReconcileRe
     if (verdict === 'release' && file.phase.name !== 'removing') host.store.write(removing(host, file));
     if (verdict === 'keep' && file !== stored) host.store.write(file);
   }
-  const outcome = await applyResiliently(host, goal, changes, view.observed);
+  const outcome = await applyResiliently(host, goal, changes, view.observed, async () => {
+    return (await observeHost(host, standing, keep)).observed;
+  });
   const isDone = ({ file }: Entry): boolean =>
     !mappingsOf(file).some((m) =>
       [m.guest, m.address].some((key) => outcome.failed.has(key) || goal.untouched.has(key)),
@@ -326,10 +335,23 @@ async function reconcileLocked(host: Host, dryRun: boolean): Promise<ReconcileRe
       finish(() => host.store.write(activeFile(host, file.owner, file.mappings, file.detachedAliases)));
     }
   }
-  if (table.length === 0 && record !== undefined && !sameAddresses(record.hostAddresses, view.spec.hostAddresses)) {
-    finish(() => host.store.writeTable({ hostAddresses: view.spec.hostAddresses }));
+  const loadedFor = { ...view.spec, configured: networksText(host.config.networks) };
+  if (table.length === 0 && record !== undefined && printTableRecord(record) !== printTableRecord(loadedFor)) {
+    finish(() => host.store.writeTable(loadedFor));
   }
-  if (intent.unreadable.length === 0) finish(() => host.store.repairClaims(host.store.all().files));
+  const { files } = host.store.all();
+  if (!keep) finish(() => host.store.repairClaims(files));
+  const remaining = files.flatMap(mappingsOf);
+  const needed = neededSpec(host, remaining, view.addresses, keep);
+  if (isSpare(view.spec, needed)) {
+    try {
+      const held = files.flatMap((file) => file.mappings);
+      flushed += await loadTable(host, needed, held, (await observeHost(host, remaining, keep)).table);
+      table.push(SPARE);
+    } catch (error) {
+      errors.push(toKvmIbError(error, 'Cannot take what has ended out of the table'));
+    }
+  }
   try {
     warnings.push(...(await announceAgain(host, links, announced, aliases)));
   } catch (error) {
@@ -363,6 +385,13 @@ async function probedGoal(
   return { goal: rest, changes: plan(rest, view.observed), probing };
 }
 
+/** Why the table is loaded anew although it is as it was loaded. */
+const SPARE = 'it serves what only mappings of an older configuration needed, and they have ended';
+
+function isSpare(loaded: TableSpec, needed: TableSpec): boolean {
+  return rulesetTag(loaded) !== rulesetTag(needed);
+}
+
 /** Why the table must be loaded anew. */
 export function tableDifferences(view: HostView): string[] {
   if (!view.table.table) return ['the table ip kvm_ib is not there'];
@@ -371,10 +400,6 @@ export function tableDifferences(view: HostView): string[] {
 
 function ownAddresses(host: Host, spec: TableSpec): readonly KvmIbError[] {
   return host.config.networks.flatMap((n) => ownAddressInRange(n, spec.hostAddresses.get(n.name) ?? []) ?? []);
-}
-
-function sameAddresses(a: TableSpec['hostAddresses'], b: TableSpec['hostAddresses']): boolean {
-  return a.size === b.size && [...a].every(([name, list]) => list.join() === b.get(name)?.join());
 }
 
 interface ResilientOutcome {
@@ -392,6 +417,7 @@ async function applyResiliently(
   goal: Desired,
   changes: readonly Change[],
   observed: Observed,
+  look: () => Promise<Observed>,
 ): Promise<ResilientOutcome> {
   try {
     return { failed: new Set(), errors: [], ...(await apply(host, changes)) };
@@ -417,7 +443,7 @@ async function applyResiliently(
     const keys = [...part.want, ...part.release].flatMap((m) => [m.guest, m.address]);
     try {
       if (keys.some((key) => touched.has(key))) {
-        seen = (await observeHost(host)).observed;
+        seen = await look();
         touched.clear();
       }
       const steps = plan(part, { ...seen, bridges });

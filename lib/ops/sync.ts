@@ -8,13 +8,22 @@ import type { Mapping, Owner } from '../core/mapping.ts';
 import { domainName, ownerName, sameMapping } from '../core/mapping.ts';
 import type { Change } from '../core/plan.ts';
 import { plan } from '../core/plan.ts';
+import { networkOfLinks, networksText } from '../core/served.ts';
 import type { DomainState, Holder, Phase, StateFile } from '../core/state.ts';
 import { mappingsOf, STATE_VERSION, wishOfDomain } from '../core/state.ts';
 import type { ObservedPairs, TableSpec } from '../nat/engine.ts';
 import { rulesetTag } from '../nat/ruleset.ts';
 import { apply, reversalFailed } from './apply.ts';
 import type { Host } from './host.ts';
-import { observedPairs, observeMappings, ownAddressInRange, pairOf, refuseMissingLinks, tableSpec } from './observe.ts';
+import {
+  isLoadedFor,
+  neededSpec,
+  observedPairs,
+  observeMappings,
+  ownAddressInRange,
+  pairOf,
+  refuseMissingLinks,
+} from './observe.ts';
 import type { Probing } from './probe.ts';
 import { createProbing, takenBy } from './probe.ts';
 
@@ -361,9 +370,8 @@ function refuseOwnAddresses(
   wish: readonly Mapping[],
   own: ReadonlyMap<string, readonly Ipv4[]> | undefined,
 ): void {
-  for (const name of new Set(wish.map((m) => m.network))) {
-    const network = host.config.networks.find((n) => n.name === name);
-    const error = network && ownAddressInRange(network, own?.get(name) ?? []);
+  for (const network of new Set(wish.map((m) => networkOfLinks(host.config.networks, m)))) {
+    const error = network && ownAddressInRange(network, own?.get(network.name) ?? []);
     if (error !== undefined) throw error;
   }
 }
@@ -374,16 +382,19 @@ function refuseOwnAddresses(
  */
 async function ensureTable(host: Host, wish: readonly Mapping[], mappings: readonly Mapping[]): Promise<void> {
   const record = host.store.readTable();
-  if (record !== undefined) {
+  if (record !== undefined && isLoadedFor(record, host.config, wish)) {
     const { table, tag } = await host.nat.lookup(mappings.slice(0, 1).map(pairOf));
-    if (table && tag === rulesetTag({ networks: host.config.networks, hostAddresses: record.hostAddresses })) return;
+    if (table && tag === rulesetTag(record)) return;
   }
-  const spec = tableSpec(host.config, await host.links.addresses());
+  // What runs under an older configuration stays served.
+  const { files, unreadable } = host.store.all();
+  const needing = [...files.flatMap(mappingsOf), ...wish];
+  const spec = neededSpec(host, needing, await host.links.addresses(), unreadable.length > 0);
   refuseOwnAddresses(host, wish, spec.hostAddresses);
   // A configuration that names a wrong link must not reach the packets of the mappings that work.
   await refuseMissingLinks(host, wish);
-  const files = host.store.all().files.flatMap((file) => file.mappings);
-  await loadTable(host, spec, files, await host.nat.list(spec));
+  const held = files.flatMap((file) => file.mappings);
+  await loadTable(host, spec, held, await host.nat.list(spec));
 }
 
 /**
@@ -411,7 +422,7 @@ export async function loadTable(
   const flushed = await host.conntrack.flush(
     wanted.map(({ guest, address }) => ({ kind: 'foreign', guest, address, stale })),
   );
-  host.store.writeTable({ hostAddresses: spec.hostAddresses });
+  host.store.writeTable({ ...spec, configured: networksText(host.config.networks) });
   return flushed;
 }
 

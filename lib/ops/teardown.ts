@@ -40,8 +40,8 @@ export function teardown(
         fix: 'look at it, or use --force',
       });
     }
-    const view = await observeHost(host);
     const owned = files.flatMap(mappingsOf);
+    const view = await observeHost(host, owned, unreadable.length > 0);
     const observed = { ...view.observed, bridges: [] };
     const changes = plan({ want: [], release: owned }, observed);
     const table = view.table.table;

@@ -27,7 +27,7 @@ requireOwnNetns();
 
 const PROBES = resolve(import.meta.dirname, '../../drivers/im/kvm-probes.d');
 const SHELLS = [['/usr/bin/dash'], ['/usr/bin/busybox', 'sh'], ['/usr/bin/bash', '--posix']] as const;
-const KEYS = ['KVM_IB_STATUS', 'KVM_IB_DRIFT', 'KVM_IB_CONFIG', 'KVM_IB_RULESET', 'KVM_IB_VERSION'];
+const KEYS = ['KVM_IB_STATUS', 'KVM_IB_DRIFT', 'KVM_IB_OUTDATED', 'KVM_IB_CONFIG', 'KVM_IB_RULESET', 'KVM_IB_VERSION'];
 const CONFIG: Config = {
   networks: [
     {
@@ -45,11 +45,19 @@ const REPORT: StatusReport = {
   time: '2026-01-01T00:00:00.000Z',
   error: null,
   drift: 0,
+  outdated: 1,
   config: CONFIG,
   ruleset: '1a2b3c4d',
   vms: [
-    { vm: 42, state: 'ok', drift: 0, addresses: ['192.168.10.202', '192.168.10.203'] },
-    { vm: 7, state: 'drift', drift: 2, addresses: ['192.168.10.204'] },
+    {
+      vm: 42,
+      state: 'ok',
+      drift: 0,
+      outdated: 1,
+      addresses: ['192.168.10.202', '192.168.10.203'],
+      traffic: { sent: { packets: 12, bytes: 1_234 }, received: { packets: 2 ** 53, bytes: 2 ** 64 } },
+    },
+    { vm: 7, state: 'drift', drift: 2, outdated: 0, addresses: ['192.168.10.204'], traffic: null },
   ],
 };
 
@@ -107,7 +115,7 @@ function run(shell: readonly string[], script: string): Answer {
 function values(lines: readonly string[]): Readonly<Record<string, string>> {
   return Object.fromEntries(
     lines.map((line) => {
-      const match = /^(KVM_IB_[A-Z]+)="([A-Za-z0-9 ._-]*)"$/.exec(line);
+      const match = /^(KVM_IB_[A-Z_]+)="([A-Za-z0-9 ._-]*)"$/.exec(line);
       expect(match, line).not.toBeNull();
       return [match?.[1] ?? '', match?.[2] ?? ''];
     }),
@@ -135,6 +143,7 @@ describe.each(SHELLS.map((shell) => ({ name: shell.join(' '), shell })))('under 
     expect(host()).toEqual({
       KVM_IB_STATUS: 'OK',
       KVM_IB_DRIFT: '0',
+      KVM_IB_OUTDATED: '1',
       KVM_IB_CONFIG: configHash(CONFIG),
       KVM_IB_RULESET: '1a2b3c4d',
       KVM_IB_VERSION: '0.1.0',
@@ -143,17 +152,34 @@ describe.each(SHELLS.map((shell) => ({ name: shell.join(' '), shell })))('under 
     expect(host()).toMatchObject({ KVM_IB_STATUS: 'DRIFT', KVM_IB_DRIFT: '3' });
   });
 
-  test('each VM shows its state, drift and IB addresses', () => {
+  test('each VM shows its state, drift, counters where there are any, and IB addresses', () => {
     writeFileSync(status, text());
     expect(vms()).toEqual({
-      42: { KVM_IB_STATE: 'OK', KVM_IB_DRIFT: '0', KVM_IB_ADDRESSES: '192.168.10.202 192.168.10.203' },
-      7: { KVM_IB_STATE: 'DRIFT', KVM_IB_DRIFT: '2', KVM_IB_ADDRESSES: '192.168.10.204' },
+      42: {
+        KVM_IB_STATE: 'OK',
+        KVM_IB_DRIFT: '0',
+        KVM_IB_OUTDATED: '1',
+        KVM_IB_RX_PACKETS: '9007199254740992',
+        KVM_IB_RX_BYTES: '18446744073709551616',
+        KVM_IB_TX_PACKETS: '12',
+        KVM_IB_TX_BYTES: '1234',
+        KVM_IB_ADDRESSES: '192.168.10.202 192.168.10.203',
+      },
+      7: { KVM_IB_STATE: 'DRIFT', KVM_IB_DRIFT: '2', KVM_IB_OUTDATED: '0', KVM_IB_ADDRESSES: '192.168.10.204' },
     });
   });
 
   test('a reconcile that could not look is no host without drift', () => {
-    writeFileSync(status, text(0, { ...REPORT, drift: null, error: 'host-lacks', ruleset: null, vms: [] }));
-    expect(host()).toMatchObject({ KVM_IB_STATUS: 'FAILED', KVM_IB_DRIFT: '-1', KVM_IB_RULESET: '' });
+    writeFileSync(
+      status,
+      text(0, { ...REPORT, drift: null, outdated: null, error: 'host-lacks', ruleset: null, vms: [] }),
+    );
+    expect(host()).toMatchObject({
+      KVM_IB_STATUS: 'FAILED',
+      KVM_IB_DRIFT: '-1',
+      KVM_IB_OUTDATED: '-1',
+      KVM_IB_RULESET: '',
+    });
   });
 
   test('a status of three minutes ago still counts, an older one or one from the future is stale', () => {
@@ -220,7 +246,7 @@ describe.each(SHELLS.map((shell) => ({ name: shell.join(' '), shell })))('under 
     ];
     for (const word of evil) {
       const lines = good
-        .replace(/^(config|ruleset|version|state|drift) .*$/gm, `$1 ${word}`)
+        .replace(/^(config|ruleset|version|state|drift|outdated) .*$/gm, `$1 ${word}`)
         .replace('state', 'state OK\nstate');
       writeFileSync(
         status,
@@ -232,7 +258,7 @@ describe.each(SHELLS.map((shell) => ({ name: shell.join(' '), shell })))('under 
       const shown = host();
       expect(Object.keys(shown)).toEqual(KEYS);
       if (word !== '-n') expect(shown).toMatchObject({ KVM_IB_CONFIG: '', KVM_IB_RULESET: '', KVM_IB_VERSION: '' });
-      expect(shown['KVM_IB_DRIFT']).toBe('-1');
+      expect([shown['KVM_IB_DRIFT'], shown['KVM_IB_OUTDATED']]).toEqual(['-1', '-1']);
       expect(Object.keys(vms())).toEqual(['7', '42']);
     }
   });
@@ -253,11 +279,14 @@ describe.each(SHELLS.map((shell) => ({ name: shell.join(' '), shell })))('under 
   });
 
   test('a thousand VMs are cut to what fits, and still quick', () => {
+    const most = { packets: 2 ** 63, bytes: 2 ** 64 };
     const many = Array.from({ length: 1000 }, (_, vm) => {
       return {
         vm,
         state: 'ok' as const,
         drift: 0,
+        outdated: 0,
+        traffic: { sent: most, received: most },
         addresses: Array.from({ length: 20 }, (__, n) => `192.168.110.2${n}`),
       };
     });
@@ -265,7 +294,9 @@ describe.each(SHELLS.map((shell) => ({ name: shell.join(' '), shell })))('under 
     expect(content.length).toBeLessThan(512 * 1024);
     writeFileSync(status, content);
     const answer = run(shell, probe.vm);
-    expect(Object.keys(monitoring(answer.lines))).toHaveLength(500);
+    const shown = monitoring(answer.lines);
+    expect(Object.keys(shown)).toHaveLength(500);
+    expect(shown['1']?.['KVM_IB_ADDRESSES']?.split(' ').length).toBeGreaterThan(10);
     expect(answer.took).toBeLessThan(2000);
     expect(host()['KVM_IB_STATUS']).toBe('OK');
   });

@@ -255,7 +255,8 @@ export async function createRig(): Promise<Rig> {
       ),
     reset() {
       const elements = ['map ip kvm_ib guest_to_ib', 'map ip kvm_ib ib_to_guest', 'set ip kvm_ib guest_mac'];
-      const sets = ['guest_any_mac', 'mapped_guests', 'mapped_addresses'].map((set) => `set ip kvm_ib ${set}`);
+      const names = ['guest_any_mac', 'mapped_guests', 'mapped_addresses', 'guest_sent', 'guest_received'];
+      const sets = names.map((name) => `set ip kvm_ib ${name}`);
       const flush = [...elements, ...sets].map((set) => `flush ${set}`).join('; ');
       // The table may be gone: then there is nothing to flush.
       spawnSync(NFT, [flush], { stdio: 'ignore' });

@@ -509,6 +509,8 @@ export interface Snapshot {
   readonly table: boolean;
   readonly pairs: readonly string[];
   readonly macs: readonly string[];
+  /** Guests that are counted. */
+  readonly counted: readonly string[];
   readonly aliases: readonly string[];
   readonly mtus: readonly string[];
   readonly ports: readonly string[];
@@ -531,7 +533,7 @@ export function snapshot(host: Pick<FakeHost, 'kernel' | 'store'>): Snapshot {
 }
 
 /** Pairs and MAC bindings of a listed table, one text each, in an order of their own. */
-export function elementsOf(table: TableListing | undefined): Pick<Snapshot, 'pairs' | 'macs'> {
+export function elementsOf(table: TableListing | undefined): Pick<Snapshot, 'pairs' | 'macs' | 'counted'> {
   const key = (element: ElementKey): string => {
     const value = typeof element === 'object' && 'elem' in element ? element.elem.val : element;
     return typeof value === 'object' && 'concat' in value ? value.concat.join(' ') : String(value);
@@ -542,16 +544,18 @@ export function elementsOf(table: TableListing | undefined): Pick<Snapshot, 'pai
   return {
     pairs: [...map('guest_to_ib'), ...map('ib_to_guest')].sort(),
     macs: [...set('guest_mac'), ...set('guest_any_mac')].sort(),
+    counted: [...set('guest_sent'), ...set('guest_received')].sort(),
   };
 }
 
 /** What the kernel must hold for these mappings. */
-export function unitsOf(mappings: readonly Mapping[]): Pick<Snapshot, 'pairs' | 'macs' | 'aliases'> {
+export function unitsOf(mappings: readonly Mapping[]): Pick<Snapshot, 'pairs' | 'macs' | 'counted' | 'aliases'> {
   return {
     pairs: mappings
       .flatMap((m) => [`guest_to_ib ${m.guest} ${m.address}`, `ib_to_guest ${m.address} ${m.guest}`])
       .sort(),
     macs: mappings.map((m) => (m.mac === null ? `guest_any_mac ${m.guest}` : `guest_mac ${m.guest} ${m.mac}`)).sort(),
+    counted: mappings.flatMap((m) => [`guest_sent ${m.guest}`, `guest_received ${m.guest}`]).sort(),
     aliases: mappings.map((m) => `${m.device} ${m.address}/32 ${m.label}`).sort(),
   };
 }

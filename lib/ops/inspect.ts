@@ -146,15 +146,18 @@ function outdatedOf(config: Config, owner: Owner, mapping: Mapping): Outdated | 
   }
 }
 
-function endOf(owner: Owner, { guest, nic, mac }: Mapping, isGiven: boolean): string {
+function endOf(owner: Owner, { guest, address, nic, mac, named }: Mapping, isGiven: boolean): string {
   if (owner.kind === 'static') return `at the next \`${RECONCILE}\``;
-  if (owner.kind === 'manual') {
-    const remove = `kvm-ib remove --guest ${guest}`;
-    return `by \`${isGiven ? `${remove} && kvm-ib add --guest ${guest}${mac === null ? '' : ` --mac ${mac}`}` : remove}\``;
-  }
-  if (!isGiven) return `when VM ${owner.vm} ends, or by \`kvm-ib remove --guest ${guest}\`, which cuts it off`;
-  const command = `kvm-ib add --vm ${owner.vm} --nic ${nic} --guest ${guest}${mac === null ? '' : ` --mac ${mac}`}`;
-  return `at the next reboot, reset or power cycle of VM ${owner.vm}, or by \`${command}\`, which breaks its connections`;
+  const remove = `kvm-ib remove --guest ${guest}`;
+  const options = [
+    `--guest ${guest}`,
+    ...(named === false ? [] : [`--address ${address}`]),
+    ...(mac === null ? [] : [`--mac ${mac}`]),
+  ].join(' ');
+  if (owner.kind === 'manual') return `by \`${isGiven ? `${remove} && kvm-ib add ${options}` : remove}\``;
+  if (!isGiven) return `when VM ${owner.vm} ends, or by \`${remove}\`, which cuts it off`;
+  const add = `kvm-ib add --vm ${owner.vm} --nic ${nic} ${options}`;
+  return `at the next reboot, reset or power cycle of VM ${owner.vm}, or by \`${add}\`, which breaks its connections`;
 }
 
 /** What reconcile cannot bring right by itself. */

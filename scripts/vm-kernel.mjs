@@ -1,6 +1,6 @@
 #!/usr/bin/env node
 /**
- * Brings the kernel of the test guest into the cache: the package that Debian's linux-image-cloud-amd64 depends on,
+ * Brings the kernel of the test guests into the cache: the package that Debian's linux-image-cloud-amd64 depends on,
  * downloaded with apt-get and unpacked there. Nothing is installed. Needs the network, so it runs before the tests
  * enter their network namespace; with a filled cache it does nothing. `--refresh` looks for a newer kernel.
  *
@@ -24,12 +24,21 @@ import { join } from 'node:path';
 const META_PACKAGE = 'linux-image-cloud-amd64';
 const cache = join(process.env['XDG_CACHE_HOME'] || join(homedir(), '.cache'), 'kvm-ib');
 const index = join(cache, 'kernel.json');
+/** Without a mirror apt tries for long; it is better to say so. */
+const TIME_LIMIT_MS = 5 * 60_000;
+const APT = ['-o', 'APT::Sandbox::User=root', '-o', 'Acquire::Retries=1', '-o', 'Acquire::http::Timeout=20'];
 
 function run(cwd, program, ...args) {
   try {
-    return execFileSync(program, args, { cwd, encoding: 'utf8', stdio: ['ignore', 'pipe', 'pipe'] });
+    return execFileSync(program, args, {
+      cwd,
+      encoding: 'utf8',
+      stdio: ['ignore', 'pipe', 'pipe'],
+      timeout: TIME_LIMIT_MS,
+    });
   } catch (error) {
-    const said = error.code === 'ENOENT' ? 'it is not installed' : String(error.stderr ?? error.message).trim();
+    const known = { ENOENT: 'it is not installed', ETIMEDOUT: `no end within ${TIME_LIMIT_MS / 60_000} minutes` };
+    const said = known[error.code] ?? (String(error.stderr ?? '').trim() || error.message);
     throw new Error(`${program} ${args.join(' ')}: ${said}`);
   }
 }
@@ -47,7 +56,7 @@ function fetchKernel() {
   mkdirSync(cache, { recursive: true });
   const work = mkdtempSync(join(cache, 'fetch-'));
   try {
-    run(work, 'apt-get', '-o', 'APT::Sandbox::User=root', 'download', name);
+    run(work, 'apt-get', ...APT, 'download', name);
     const deb = readdirSync(work).find((file) => file.endsWith('.deb'));
     if (deb === undefined) throw new Error(`apt-get download ${name} left no package`);
     run(work, 'dpkg', '-x', deb, 'tree');

@@ -6,7 +6,7 @@ import type { Ipv4 } from '../core/address.ts';
 import { parseIpv4, parseMac } from '../core/address.ts';
 import { bridgeAddress, resolveMapping } from '../core/config.ts';
 import type { ExitStatus } from '../core/errors.ts';
-import { EXIT, errorReport, KvmIbError, toKvmIbError } from '../core/errors.ts';
+import { EXIT, errorReport, KvmIbError, printable, toKvmIbError } from '../core/errors.ts';
 import type { Mapping, Network, Owner } from '../core/mapping.ts';
 
 import type { Change } from '../core/plan.ts';
@@ -18,14 +18,16 @@ import { pathsFrom } from '../host/paths.ts';
 import { ownIdentity } from '../host/process.ts';
 import { createStatusFile } from '../host/status-file.ts';
 import { createStore } from '../host/store.ts';
-import { createHost, requireRights } from '../host/this-host.ts';
+import { createHost, repeatAnnouncements, requireRights } from '../host/this-host.ts';
 import { networkXml } from '../libvirt/network.ts';
+import type { Selection } from '../ops/announce.ts';
+import { announce } from '../ops/announce.ts';
 import { checkConfig } from '../ops/check.ts';
 import type { Host } from '../ops/host.ts';
+import type { Outdated } from '../ops/inspect.ts';
 import { list, status } from '../ops/inspect.ts';
 import { obstacles } from '../ops/obstacles.ts';
 import { reconcileAndPublish } from '../ops/publish.ts';
-import type { SyncResult } from '../ops/sync.ts';
 import { sync } from '../ops/sync.ts';
 import { teardown } from '../ops/teardown.ts';
 import { addInstallCommands } from './install.ts';
@@ -59,7 +61,7 @@ let asJson = false;
 const colour = wantsColour(process.stdout, process.env);
 
 try {
-  await program().parseAsync(process.argv);
+  if (!(await repeatAnnouncements(process.argv))) await program().parseAsync(process.argv);
 } catch (cause) {
   exitStatus = report(cause);
 }
@@ -78,6 +80,7 @@ function program(): Command {
   kvm-ib list                                   every mapping of this host
   kvm-ib status                                 what differs from the kernel
   kvm-ib reconcile --dry-run                    what would be brought right
+  kvm-ib announce                               tell the fabric again where the addresses are
 `,
     )
     .addHelpText('after', EXIT_CODES);
@@ -132,6 +135,17 @@ function program(): Command {
   )
     .option('--quiet', 'print nothing when nothing was to do')
     .action(runReconcile);
+  command(
+    root,
+    'announce',
+    'Tell the fabric again where IB addresses are',
+    ['dry-run'],
+    ['kvm-ib announce', 'kvm-ib announce 192.168.10.202', 'kvm-ib announce --vm 42'],
+  )
+    .argument('[address...]', 'guest or IB addresses; without any, and without --vm: all')
+    .addOption(new Option('--vm <id>', 'all of this VM').conflicts('all'))
+    .option('--all', 'every alias of kvm-ib that is on its link')
+    .action(runAnnounce);
   const config = root.command('config').description('The configuration');
   command(
     config,
@@ -192,7 +206,7 @@ async function open(options: CommonOptions, what: string): Promise<Host> {
   const file = options.config ?? paths.config;
   const config = readConfig(file);
   requireRights(`Cannot run kvm-ib ${what}`, `run it as root: sudo kvm-ib ${what}`);
-  return createHost({ ...paths, config: file }, config);
+  return createHost({ ...paths, config: file }, config, import.meta.url);
 }
 
 interface AddOptions extends CommonOptions {
@@ -224,6 +238,8 @@ async function add(options: AddOptions): Promise<void> {
   );
   await change(host, owner, [...others, mapping], 'add', options);
 }
+
+type TimedResult = Awaited<ReturnType<typeof sync>>;
 
 interface RemoveOptions extends CommonOptions {
   readonly guest?: string;
@@ -274,11 +290,13 @@ async function change(
   options: CommonOptions,
 ): Promise<void> {
   const result = await sync(host, { owner, wish, action, holder: ownIdentity(), dryRun: options.dryRun ?? false });
-  showSync(result, wish, options);
+  showSync(result, action, wish, options);
 }
 
-function showSync(result: SyncResult, wish: readonly Mapping[], options: CommonOptions): void {
+function showSync(result: TimedResult, action: string, wish: readonly Mapping[], options: CommonOptions): void {
   warn(result.warnings);
+  const probe = Math.round(result.timings.probe);
+  const total = Math.round(result.timings.total);
   if (options.json) {
     const { owner, changes, flushed, warnings } = result;
     json({
@@ -289,10 +307,13 @@ function showSync(result: SyncResult, wish: readonly Mapping[], options: CommonO
       plan: changes.flatMap(describe),
       flushed,
       warnings,
+      timings: { probe, total },
     });
     return;
   }
   showChanges(result.changes, options);
+  if (action !== 'add' || options.dryRun || result.changes.length === 0) return;
+  out(`Took ${total - probe} ms${probe === 0 ? ', without a probe' : `, and ${probe} ms for the probe`}.\n`);
 }
 
 function showChanges(changes: readonly Change[], options: CommonOptions): void {
@@ -339,6 +360,7 @@ async function showStatus(options: CommonOptions): Promise<void> {
   }
   if (result.ok) {
     out(`OK: ${result.mappings} ${result.mappings === 1 ? 'mapping' : 'mappings'}, kernel and files agree.\n`);
+    showOutdated(result.outdated);
     return;
   }
   out(
@@ -351,6 +373,18 @@ async function showStatus(options: CommonOptions): Promise<void> {
       { title: 'FIX', value: (d) => d.fix },
     ]),
   );
+  showOutdated(result.outdated);
+}
+
+function showOutdated(outdated: readonly Outdated[]): void {
+  if (outdated.length === 0) return;
+  const count = outdated.length === 1 ? '1 mapping is' : `${outdated.length} mappings are`;
+  out(`${count} of an older configuration; it works as before until it ends:\n`);
+  for (const { owner, nic, guest, address, device, bridge, now, why, ends } of outdated) {
+    const given = now === null ? `nothing: ${printable(why ?? '')}` : `${now.address} on ${now.device}, ${now.bridge}`;
+    out(`  ${owner}${nic === null ? '' : ` NIC ${nic}`}: ${guest} <-> ${address} on ${device}, ${bridge}\n`);
+    out(`    configured now: ${given}\n    ends: ${ends}\n`);
+  }
 }
 
 async function runReconcile(options: CommonOptions & { readonly quiet?: boolean }): Promise<void> {
@@ -370,6 +404,42 @@ async function runReconcile(options: CommonOptions & { readonly quiet?: boolean 
   }
   const released = options.dryRun ? 'would release' : 'released';
   for (const owner of result.released) out(`${released} ${owner}\n`);
+  for (const { device, why, addresses } of result.announced) {
+    const count = `${addresses.length} ${addresses.length === 1 ? 'address' : 'addresses'}`;
+    out(`${options.dryRun ? 'would announce' : 'announced'} ${count} on ${device} again: ${why}\n`);
+  }
+  for (const error of result.errors) err(errorText(error));
+}
+
+async function runAnnounce(
+  addresses: readonly string[],
+  options: CommonOptions & { readonly vm?: string; readonly all?: boolean },
+): Promise<void> {
+  asJson = options.json ?? false;
+  if (addresses.length > 0 && (options.vm !== undefined || options.all)) {
+    throw new KvmIbError('usage', 'Cannot choose what to announce', {
+      why: `addresses do not go together with ${options.all ? '--all' : '--vm'}`,
+      fix: 'give addresses, --vm or --all',
+    });
+  }
+  const selection: Selection =
+    addresses.length > 0
+      ? { kind: 'addresses', addresses: addresses.map((text) => parseIpv4(text, 'address')) }
+      : options.vm === undefined
+        ? { kind: 'all' }
+        : { kind: 'vm', vm: parseNumber(options.vm, '--vm', 99_999_999) };
+  const host = await open(options, 'announce');
+  const result = await announce(host, selection, { dryRun: options.dryRun ?? false });
+  const [first] = result.errors;
+  if (first !== undefined) exitStatus = first.exit;
+  if (options.json) {
+    json({ ...result, dryRun: options.dryRun ?? false, errors: result.errors.map(errorReport) });
+    return;
+  }
+  warn(result.warnings);
+  for (const { device, address } of result.announced) out(`+ announce  ${address} on ${device}\n`);
+  if (options.dryRun) out('Nothing was announced (--dry-run).\n');
+  else if (result.announced.length === 0 && first === undefined) out('Nothing to announce.\n');
   for (const error of result.errors) err(errorText(error));
 }
 
@@ -455,7 +525,8 @@ async function runTeardown(options: CommonOptions & { readonly force?: boolean }
 }
 
 function readSysctl(name: string): string | undefined {
-  return readProc(`/proc/sys/${name.replaceAll('.', '/')}`);
+  // As sysctl(8): the name of a link may have dots, which are then written as slashes.
+  return readProc(`/proc/sys/${name.replace(/[./]/g, (c) => (c === '.' ? '/' : '.'))}`);
 }
 
 function readProc(path: string): string | undefined {

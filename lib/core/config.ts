@@ -47,6 +47,7 @@ const networkSchema = v.strictObject({
   guests: v.string(),
   addresses: v.string(),
   isolate: v.optional(v.boolean(), true),
+  probe: v.optional(v.boolean(), true),
 });
 const staticSchema = v.strictObject({ guest: v.string(), address: v.string() });
 const configSchema = v.strictObject({
@@ -62,11 +63,12 @@ const REMEDY: Readonly<Record<string, string>> = {
   guests: 'write a range such as 192.168.122.2-192.168.122.6 or a prefix such as 192.168.122.0/24',
   addresses: 'write a range such as 192.168.10.202-192.168.10.206, as large as guests',
   isolate: 'write true or false without quotes',
+  probe: 'write true or false without quotes',
   static: 'write a list of { guest: …, address: … }',
   guest: 'write one guest address inside a network, for example 192.168.122.6',
   address: 'write one IB address inside the same network, for example 192.168.10.206',
 };
-const KNOWN = 'known keys: networks, static; of a network: name, device, bridge, guests, addresses, isolate';
+const KNOWN = 'known keys: networks, static; of a network: name, device, bridge, guests, addresses, isolate, probe';
 
 /**
  * Checks a configuration that was read from YAML.
@@ -134,7 +136,8 @@ export function parseConfig(raw: unknown, locate: Locate, file: string): Config 
       );
     }
     if (device && bridge && guests && addresses) {
-      networks.push({ name: entry.name, device, bridge, guests, addresses, isolate: entry.isolate });
+      const { name, isolate, probe } = entry;
+      networks.push({ name, device, bridge, guests, addresses, isolate, ...(probe ? {} : { probe }) });
       checkAgainstEarlier(networks, index, add);
     }
   });

@@ -14,6 +14,15 @@ export interface Network {
   readonly addresses: Range;
   /** False: the guard rules are off and unmapped guests are routed as the kernel would. */
   readonly isolate: boolean;
+  /** False: no ARP probe before an address is taken, for a fabric where something answers for every address. */
+  readonly probe?: boolean;
+}
+
+/** A network as the table serves it: as configured, with what older mappings need besides. See `served.ts`. */
+export interface ServedNetwork extends Pick<Network, 'name' | 'device' | 'bridge' | 'isolate'> {
+  /** Ascending, with a gap between any two; may be empty. */
+  readonly guests: readonly Range[];
+  readonly addresses: readonly Range[];
 }
 
 export interface StaticMapping {

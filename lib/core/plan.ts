@@ -47,7 +47,13 @@ export type Change =
       readonly guest: Ipv4;
       readonly label: string;
     }
-  | { readonly kind: 'announce'; readonly device: LinkName; readonly address: Ipv4; readonly guest: Ipv4 };
+  | {
+      readonly kind: 'announce';
+      readonly device: LinkName;
+      readonly address: Ipv4;
+      readonly guest: Ipv4;
+      readonly label: string;
+    };
 
 /** An alias of ours as the kernel shows it. */
 export interface ObservedAlias {
@@ -154,6 +160,8 @@ export function plan(desired: Desired, observed: Observed): readonly Change[] {
       remove.macs.push({ guest: m.guest, mac: m.mac });
     }
     if (wanted?.mac !== null) removeUnbound(m.guest);
+    // The pair goes to another VM: made anew, with its comment, its counters and without the flows of the one before.
+    if (m.label !== '' && wanted?.address === m.address && wanted.vm !== m.vm) removeGuest(m.guest);
   }
 
   for (const m of want) {
@@ -168,7 +176,8 @@ export function plan(desired: Desired, observed: Observed): readonly Change[] {
       if (!byGuest.has(seenGuest)) removeGuest(seenGuest);
     }
     const pairAdded = seenAddress !== m.address || seenGuest !== m.guest;
-    if (seenAddress !== m.address) add.guestToIb.push({ guest: m.guest, address: m.address });
+    const guestAdded = seenAddress !== m.address || done.has(`guest ${m.guest}`);
+    if (guestAdded) add.guestToIb.push({ guest: m.guest, address: m.address });
     if (seenGuest !== m.guest) add.ibToGuest.push({ address: m.address, guest: m.guest });
     if (m.mac === null) {
       if (!observed.unbound.has(m.guest)) add.unbound.push(m.guest);
@@ -176,13 +185,14 @@ export function plan(desired: Desired, observed: Observed): readonly Change[] {
       if (!observed.macs.has(`${m.guest} ${m.mac}`)) add.macs.push({ guest: m.guest, mac: m.mac });
       removeUnbound(m.guest);
     }
-    if (seenAddress !== m.address) comments[m.guest] = elementComment(m);
+    if (guestAdded) comments[m.guest] = elementComment(m);
     const aliasAdded = !hasAlias(m);
     if (pairAdded || aliasAdded)
       flushes.push({ kind: 'flush-foreign', guest: m.guest, address: m.address, device: m.device });
     if (aliasAdded) {
-      aliasesOn.push({ kind: 'add-alias', device: m.device, address: m.address, guest: m.guest, label: m.label });
-      announcements.push({ kind: 'announce', device: m.device, address: m.address, guest: m.guest });
+      const { device, address, guest, label } = m;
+      aliasesOn.push({ kind: 'add-alias', device, address, guest, label });
+      announcements.push({ kind: 'announce', device, address, guest, label });
     }
   }
 

@@ -93,7 +93,7 @@ function command(): readonly [string, ...string[]] {
 }
 
 function environment(): NodeJS.ProcessEnv {
-  const kept = ['KVM_IB_CONFIG', 'KVM_IB_STATE_DIR', 'KVM_IB_LOCK_TIMEOUT_MS'].flatMap((name) => {
+  const kept = ['KVM_IB_CONFIG', 'KVM_IB_STATE_DIR', 'KVM_IB_LOCK_TIMEOUT_MS', 'KVM_IB_PROBE_MS'].flatMap((name) => {
     const value = process.env[name];
     return value === undefined ? [] : [[name, value] as const];
   });

@@ -12,7 +12,7 @@ import type { Holder } from '../core/state.ts';
 import { createLineReader } from '../host/lines.ts';
 import { FIXED_PATHS, pathsFrom } from '../host/paths.ts';
 import { bootId, ownIdentity } from '../host/process.ts';
-import { createHost, requireRights } from '../host/this-host.ts';
+import { createHost, repeatAnnouncements, requireRights } from '../host/this-host.ts';
 import type { ActionRequest } from '../ops/actions.ts';
 import { check, commit, finish, follow, mark, prepare, release, settle, start, undo } from '../ops/actions.ts';
 import type { Host } from '../ops/host.ts';
@@ -21,6 +21,8 @@ import type { Mode, SyncMessage } from './protocol.ts';
 import { awaitsVerdict, LINE_LIMIT, PROTOCOL_VERSION, parseMessage, parseVerdict, versionOf } from './protocol.ts';
 
 const REQUEST_TIMEOUT_MS = 30_000;
+
+if (await repeatAnnouncements(process.argv)) process.exit(0);
 
 // A change that has begun is finished or undone: a hang-up of the ssh session must not cut it in half.
 for (const signal of ['SIGHUP', 'SIGINT', 'SIGTERM', 'SIGPIPE'] as const) process.on(signal, () => undefined);
@@ -56,7 +58,8 @@ async function serve(): Promise<number> {
   version = versionOf(line);
   const message = parseMessage(line);
   requireRights('Cannot map a VM', 'let sudo start the engine as root: see rulesets/sudoers.d/kvm-ib');
-  const host = await createHost(process.env['SUDO_UID'] === undefined ? pathsFrom(process.env) : FIXED_PATHS);
+  const paths = process.env['SUDO_UID'] === undefined ? pathsFrom(process.env) : FIXED_PATHS;
+  const host = await createHost(paths, undefined, import.meta.url);
   if (message.verb === 'settle') {
     accept(await settle(host, { kind: 'vm', vm: message.vm }, ownIdentity()));
     return 0;

@@ -10,6 +10,7 @@ import { isatty } from 'node:tty';
 import { KvmIbError, toKvmIbError } from '../core/errors.ts';
 import type { Config, Mapping } from '../core/mapping.ts';
 import { readConfig } from '../host/config-file.ts';
+import type { Paths } from '../host/paths.ts';
 import { millisecondsFrom, pathsFrom } from '../host/paths.ts';
 import { createStore } from '../host/store.ts';
 import { interfacesOnBridge, parseDomain, spliceMtu } from '../libvirt/domain.ts';
@@ -48,16 +49,16 @@ try {
 async function run(): Promise<Ending> {
   const call = parseActionCall(action, args);
   const paths = pathsFrom(process.env);
-  const config = readConfig(paths.config);
-  const stdin = await readStdin();
-  const context: Context = { config, store: createStore(paths.state), stdin };
+  if (call.treatment === 'pass') return stock(await readStdin());
+  if (call.treatment === 'repair-before') return repairBefore(paths, call);
+  const context: Context = {
+    config: readConfig(paths.config),
+    store: createStore(paths.state),
+    stdin: await readStdin(),
+  };
   switch (call.treatment) {
-    case 'pass':
-      return stock(stdin);
     case 'sync-before':
       return call.action === 'deploy' ? deploy(context, call) : syncBefore(context, call);
-    case 'repair-before':
-      return repairBefore(context, call);
     case 'check-before':
       return checkBefore(context, call);
     case 'sync-after':
@@ -111,21 +112,35 @@ async function syncBefore(context: Context, call: OwnCall): Promise<Ending> {
   }
 }
 
-/** reboot and reset change nothing for us, so what is wrong with a mapping must not keep an operator from a reset. */
-async function repairBefore(context: Context, call: OwnCall): Promise<Ending> {
+/**
+ * reboot and reset change nothing for us, so whatever is wrong with a mapping, or with the configuration, must not keep an
+ * operator from a reset.
+ */
+async function repairBefore(paths: Paths, call: OwnCall): Promise<Ending> {
+  const stdin = await readStdin();
+  const engine = await repair(paths, call, stdin).catch((cause: unknown) =>
+    complain(cause, 'The guest keeps what it has'),
+  );
+  try {
+    return engine ? await underVerdict(engine, stdin) : await stock(stdin);
+  } finally {
+    await engine?.close();
+  }
+}
+
+/** @returns the engine, which awaits the verdict; undefined when the VM does not concern us */
+async function repair(paths: Paths, call: OwnCall, stdin: Buffer): Promise<Engine | undefined> {
+  const context: Context = { config: readConfig(paths.config), store: createStore(paths.state), stdin };
   const vm = concernedVm(context, call);
-  if (vm === undefined) return stock(context.stdin);
+  if (vm === undefined) return undefined;
+  const wish = messageOf(readWish(context, call, vm));
   const engine = startEngine();
   try {
-    try {
-      note(await engine.sync(call.vmId, call.action, 'restart', messageOf(readWish(context, call, vm))));
-    } catch (cause) {
-      complain(cause, 'The guest keeps what it has');
-      return await stock(context.stdin);
-    }
-    return await underVerdict(engine, context.stdin);
-  } finally {
+    note(await engine.sync(call.vmId, call.action, 'restart', wish));
+    return engine;
+  } catch (cause) {
     await engine.close();
+    throw cause;
   }
 }
 
@@ -266,7 +281,7 @@ function refuseIfMapped(context: Context, call: OwnCall): Promise<Ending> {
   if (vm === undefined) return stock(context.stdin);
   throw new KvmIbError('unsupported', `Cannot ${call.action} VM ${vm.id}`, {
     why: `it has a NIC on a bridge of kvm-ib, and this version does not do ${call.action} for such a VM yet`,
-    fix: 'suspend or power it off, then migrate it: `onevm migrate` without --live',
+    fix: `migrate it without --live, which saves and restores it: onevm migrate ${vm.id} HOST`,
   });
 }
 
@@ -420,7 +435,7 @@ async function settle(step: () => Promise<readonly string[]>): Promise<void> {
 }
 
 /** Logs an error that does not fail the action. */
-function complain(cause: unknown, outlook: string): void {
+function complain(cause: unknown, outlook: string): undefined {
   say(logText({ level: 'error', text: `${failureMessage(toKvmIbError(cause))}. ${outlook}` }));
 }
 

@@ -57,6 +57,7 @@ export function createLinks(): Links {
 
   return {
     link: (name) => withSocket((request) => getLink(request, { name })),
+    linkAt: (index) => withSocket((request) => getLink(request, { index })),
     addresses: () => withSocket(dumpAddresses),
     isLocal,
     addAlias: async (device, address, label) => {

@@ -11,6 +11,8 @@ export interface Paths {
   readonly run?: string | undefined;
   /** Milliseconds to wait for the host lock; undefined: the usual limit. */
   readonly lockTimeoutMs?: number | undefined;
+  /** Milliseconds to wait for another holder of an address to answer; undefined: as long as it is worth. */
+  readonly probeMs?: number | undefined;
 }
 
 /** Paths that the environment cannot change. */
@@ -20,13 +22,17 @@ export const FIXED_PATHS: Paths = {
   run: DEFAULT_RUN_DIR,
 };
 
-/** Paths for root's own command line and for tests, which may move them. KVM_IB_LOCK_TIMEOUT_MS goes with them. */
+/**
+ * Paths for root's own command line and for tests, which may move them. KVM_IB_LOCK_TIMEOUT_MS and KVM_IB_PROBE_MS go with
+ * them.
+ */
 export function pathsFrom(env: NodeJS.ProcessEnv): Paths {
   return {
     config: env['KVM_IB_CONFIG'] ?? FIXED_PATHS.config,
     state: env['KVM_IB_STATE_DIR'] ?? FIXED_PATHS.state,
     run: env['KVM_IB_RUN_DIR'] ?? (env['KVM_IB_STATE_DIR'] === undefined ? FIXED_PATHS.run : undefined),
     lockTimeoutMs: millisecondsFrom(env['KVM_IB_LOCK_TIMEOUT_MS']),
+    probeMs: millisecondsFrom(env['KVM_IB_PROBE_MS']),
   };
 }
 

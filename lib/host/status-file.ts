@@ -8,6 +8,7 @@
  *   state OK|DRIFT|FAILED       FAILED: reconcile could not look
  *   error CODE                  only then
  *   drift 0
+ *   outdated 0                  mappings of an older configuration
  *   config 3f2a…                the first 16 digits of the SHA-256 of the configuration's meaning
  *   ruleset 1a2b3c4d
  *   vm 42 BASE64                one for each VM: the lines KEY="VALUE" that the probe hands on
@@ -22,8 +23,8 @@ import type { Config } from '../core/mapping.ts';
 import type { StatusReport, StatusSink, VmReport } from '../ops/publish.ts';
 
 const VM_LIMIT = 500;
-/** 16 addresses fit the 600 characters of base64. */
-const ADDRESS_LIMIT = 16;
+/** Characters of a VM's lines; in base64 four for each three. */
+const TEXT_LIMIT = 450;
 
 /** @param directory made when it is not there; undefined: nothing is written */
 export function createStatusFile(directory: string | undefined, version: string): StatusSink | undefined {
@@ -60,6 +61,7 @@ export function formatStatus(
     `state ${state}`,
     ...(report.error === null ? [] : [`error ${report.error}`]),
     ...(report.drift === null ? [] : [`drift ${report.drift}`]),
+    ...(report.outdated === null ? [] : [`outdated ${report.outdated}`]),
     `config ${configHash(report.config)}`,
     ...(report.ruleset === null ? [] : [`ruleset ${report.ruleset}`]),
     ...report.vms.slice(0, VM_LIMIT).map((vm) => `vm ${vm.vm} ${Buffer.from(vmLines(vm)).toString('base64')}`),
@@ -68,19 +70,33 @@ export function formatStatus(
   ].join('\n');
 }
 
-function vmLines({ state, drift, addresses }: VmReport): string {
-  return [
+function vmLines({ state, drift, outdated, addresses, traffic }: VmReport): string {
+  const lines = [
     `KVM_IB_STATE="${state.toUpperCase()}"`,
     `KVM_IB_DRIFT="${drift}"`,
-    `KVM_IB_ADDRESSES="${addresses.slice(0, ADDRESS_LIMIT).join(' ')}"`,
-    '',
+    `KVM_IB_OUTDATED="${outdated}"`,
+    ...(traffic === null
+      ? []
+      : [
+          `KVM_IB_RX_PACKETS="${BigInt(traffic.received.packets)}"`,
+          `KVM_IB_RX_BYTES="${BigInt(traffic.received.bytes)}"`,
+          `KVM_IB_TX_PACKETS="${BigInt(traffic.sent.packets)}"`,
+          `KVM_IB_TX_BYTES="${BigInt(traffic.sent.bytes)}"`,
+        ]),
   ].join('\n');
+  const withAddresses = (count: number): string =>
+    `${lines}\nKVM_IB_ADDRESSES="${addresses.slice(0, count).join(' ')}"\n`;
+  // As many as the probes take.
+  let count = Math.min(addresses.length, 100);
+  while (count > 0 && withAddresses(count).length > TEXT_LIMIT) count -= 1;
+  return withAddresses(count);
 }
 
 /** Equal for configurations that mean the same: comments, order of keys and ways to write a range do not count. */
 export function configHash(config: Config): string {
-  const networks = config.networks.map(({ name, device, bridge, guests, addresses, isolate }) => {
-    return [name, device, bridge, guests.first, guests.last, addresses.first, addresses.last, isolate];
+  const networks = config.networks.map(({ name, device, bridge, guests, addresses, isolate, probe }) => {
+    const ranges = [guests.first, guests.last, addresses.first, addresses.last];
+    return [name, device, bridge, ...ranges, isolate, ...(probe === false ? [{ probe }] : [])];
   });
   const text = JSON.stringify([networks, config.static.map(({ guest, address }) => [guest, address])]);
   return createHash('sha256').update(text).digest('hex').slice(0, 16);

@@ -4,6 +4,7 @@
  *   mappings/vm-42.json              written, synced and renamed into place
  *   claims/192.168.122.2 -> vm-42    who holds a guest or IB address, so that finding a rival costs one readlink
  *   table.json                       what the loaded rule set was made for
+ *   links.json                       what each IPoIB link was like when its aliases were last announced
  *   lock                             the host lock
  *
  * The mapping files are the truth. A claim whose file is gone or does not name the address is stale and means nothing.
@@ -30,9 +31,10 @@ import { tryParseIpv4 } from '../core/address.ts';
 import { KvmIbError } from '../core/errors.ts';
 import type { Owner } from '../core/mapping.ts';
 import { ownerName } from '../core/mapping.ts';
+import { parseTableRecord, printTableRecord } from '../core/served.ts';
 import type { StateFile } from '../core/state.ts';
 import { mappingsOf, parseStateFile } from '../core/state.ts';
-import type { Store, TableRecord } from '../ops/host.ts';
+import type { LinkRecord, Store, TableRecord } from '../ops/host.ts';
 
 /** Names of files that are being written. */
 const TEMPORARY = /^\.[0-9a-f]{12}$/;
@@ -194,17 +196,7 @@ export function createStore(directory: string): Store {
     readTable(): TableRecord | undefined {
       const text = guard(directory, () => readIfThere(join(directory, 'table.json')));
       if (text === undefined) return undefined;
-      try {
-        const raw = JSON.parse(text) as { hostAddresses?: unknown };
-        if (typeof raw.hostAddresses !== 'object' || raw.hostAddresses === null) return undefined;
-        const entries = Object.entries(raw.hostAddresses).map(([name, list]) => {
-          if (!Array.isArray(list)) throw new TypeError('not a list');
-          return [name, list.filter((a): a is Ipv4 => typeof a === 'string' && tryParseIpv4(a) !== undefined)] as const;
-        });
-        return { hostAddresses: new Map(entries) };
-      } catch {
-        return undefined;
-      }
+      return parseTableRecord(text);
     },
 
     writeTable(record: TableRecord | undefined): void {
@@ -212,20 +204,44 @@ export function createStore(directory: string): Store {
       make();
       guard(path, () => {
         if (record === undefined) rmSync(path, { force: true });
-        else
-          replaceFile(
-            directory,
-            path,
-            `${JSON.stringify({ hostAddresses: Object.fromEntries(record.hostAddresses) })}\n`,
-          );
+        else replaceFile(directory, path, `${printTableRecord(record)}\n`);
       });
+    },
+
+    readLinks(): ReadonlyMap<string, LinkRecord> {
+      const text = guard(directory, () => readIfThere(join(directory, 'links.json')));
+      if (text === undefined) return new Map();
+      try {
+        const raw = JSON.parse(text) as { links?: Readonly<Record<string, Partial<LinkRecord>>> };
+        const entries = Object.entries(raw.links ?? {}).flatMap(([device, record]) => {
+          const { bootId, index, hardware, carrierChanges } = record;
+          const isRecord =
+            typeof bootId === 'string' &&
+            typeof index === 'number' &&
+            typeof hardware === 'string' &&
+            (typeof carrierChanges === 'number' || carrierChanges === null);
+          return isRecord ? [[device, { bootId, index, hardware, carrierChanges }] as const] : [];
+        });
+        return new Map(entries);
+      } catch {
+        // Whatever it was: the links are announced once more, and it is written anew.
+        return new Map();
+      }
+    },
+
+    writeLinks(records: ReadonlyMap<string, LinkRecord>): void {
+      const path = join(directory, 'links.json');
+      make();
+      guard(path, () =>
+        replaceFile(directory, path, `${JSON.stringify({ links: Object.fromEntries(records) }, undefined, 1)}\n`),
+      );
     },
 
     removeAll(): void {
       guard(directory, () => {
         rmSync(mappings, { recursive: true, force: true });
         rmSync(claims, { recursive: true, force: true });
-        rmSync(join(directory, 'table.json'), { force: true });
+        for (const name of ['table.json', 'links.json']) rmSync(join(directory, name), { force: true });
       });
       made = false;
     },

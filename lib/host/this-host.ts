@@ -14,13 +14,23 @@ import { createLinks } from './links.ts';
 import { withLock } from './lock.ts';
 import { createElementReader } from './nf-tables-read.ts';
 import type { Paths } from './paths.ts';
+import { createProber } from './prober.ts';
 import { bootId, isAlive } from './process.ts';
+import { isRepeating, ownBundle, readRepeats, runRepeats } from './repeats.ts';
 import { createStore } from './store.ts';
 
 /** Longer than 15 actions at once and a reconcile of ten thousand mappings need. */
 const LOCK_TIMEOUT_MS = 60_000;
 
-export async function createHost(paths: Paths, config: Config = readConfig(paths.config)): Promise<Host> {
+/**
+ * @param program `import.meta.url` of the program: one of our bundles is run again for the repeats of announcements;
+ *   anything else, as under a test, repeats nothing
+ */
+export async function createHost(
+  paths: Paths,
+  config: Config = readConfig(paths.config),
+  program?: string,
+): Promise<Host> {
   const links = createLinks();
   const store = createStore(paths.state);
   return {
@@ -28,13 +38,30 @@ export async function createHost(paths: Paths, config: Config = readConfig(paths
     nat: createNftEngine({ nft: createNft({ exec }), reader: await createElementReader() }),
     links,
     conntrack: createConntrack(),
-    announcer: createAnnouncer(links),
+    announcer: createAnnouncer(links, program === undefined ? undefined : ownBundle(program)),
+    prober: createProber(links, paths.probeMs),
     store,
     domains: createDomains(exec),
     processes: { isAlive, bootId },
     withLock: (who, act) => withLock(store.lockPath, { timeoutMs: paths.lockTimeoutMs ?? LOCK_TIMEOUT_MS, who }, act),
     now: () => new Date().toISOString(),
   };
+}
+
+/**
+ * The program's other life: started by `Announcer.repeat`, it announces the later rounds and nothing else.
+ * @returns false when this process was not started for that
+ */
+export async function repeatAnnouncements(argv: readonly string[]): Promise<boolean> {
+  if (!isRepeating(argv)) return false;
+  const links = createLinks();
+  const announcer = createAnnouncer(links);
+  try {
+    await runRepeats(links, announcer, readRepeats());
+  } finally {
+    announcer.close();
+  }
+  return true;
 }
 
 /** @throws KvmIbError `not-permitted` unless this process may change links and firewall */

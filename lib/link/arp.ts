@@ -1,10 +1,11 @@
 /**
- * Gratuitous ARP (RFC 826, RFC 5227; on InfiniBand RFC 4391): "this address is now at this hardware address".
+ * ARP (RFC 826; on InfiniBand RFC 4391) as far as kvm-ib speaks it: the gratuitous one, "this address is now at this
+ * hardware address", and the probe of RFC 5227, "has anybody this address?".
  * Hardware addresses are handed in as the kernel has them: an IPoIB address (flags, queue pair, GID) and its broadcast
  * address (which holds the partition key) cannot be derived from anything.
  */
-import { type Ipv4, ipv4Bytes } from '../core/address.ts';
-import { ARPHRD, type Link } from './ports.ts';
+import { type Ipv4, ipv4Bytes, ipv4FromBytes } from '../core/address.ts';
+import { ARPHRD, type Link, type OtherHolder } from './ports.ts';
 import { concat, u8, u16, u16be, u32 } from './wire.ts';
 
 const AF_PACKET = 17;
@@ -50,6 +51,96 @@ export function gratuitousArp(operation: 'request' | 'reply', link: Link, addres
     operation === 'request' ? link.broadcast : link.address,
     protocol,
   );
+}
+
+/**
+ * The ARP probe (RFC 5227 §2.1.1): a request without a sender protocol address, so that nobody's cache learns from it. The
+ * target hardware address is zero.
+ */
+export function arpProbe(link: Link, address: Ipv4): Uint8Array {
+  return concat(
+    u16be(link.type),
+    u16be(ETH_P_IP),
+    u8(link.address.length),
+    u8(4),
+    u16be(OPERATION.request),
+    link.address,
+    new Uint8Array(4),
+    new Uint8Array(link.address.length),
+    ipv4Bytes(address),
+  );
+}
+
+/** An ARP packet for IPv4, from whoever sent it. */
+export interface ArpPacket {
+  readonly operation: 'request' | 'reply';
+  /** ARPHRD_*. */
+  readonly type: number;
+  readonly senderHardware: Uint8Array;
+  readonly sender: Ipv4;
+  readonly target: Ipv4;
+}
+
+const ARP_HEADER = 8;
+
+/** Reads what a packet socket of type SOCK_DGRAM received. Undefined when it is cut off, or is no request or reply for IPv4. */
+export function decodeArp(bytes: Uint8Array): ArpPacket | undefined {
+  if (bytes.length < ARP_HEADER) return undefined;
+  const at = (offset: number): number => ((bytes[offset] ?? 0) << 8) | (bytes[offset + 1] ?? 0);
+  const hardwareLength = bytes[4] ?? 0;
+  const operation = at(6);
+  if (at(2) !== ETH_P_IP || bytes[5] !== 4 || hardwareLength === 0) return undefined;
+  if (operation !== OPERATION.request && operation !== OPERATION.reply) return undefined;
+  const sender = ARP_HEADER + hardwareLength;
+  const target = sender + 4 + hardwareLength;
+  // An Ethernet frame is padded to 60 bytes: more than that is no fault.
+  if (bytes.length < target + 4) return undefined;
+  return {
+    operation: operation === OPERATION.request ? 'request' : 'reply',
+    type: at(0),
+    senderHardware: bytes.slice(ARP_HEADER, sender),
+    sender: ipv4FromBytes(bytes.subarray(sender, sender + 4)),
+    target: ipv4FromBytes(bytes.subarray(target, target + 4)),
+  };
+}
+
+/**
+ * The address that somebody else on this link has or is about to take, as this packet shows it; undefined: it shows none.
+ * @param except hardware addresses that do not count, besides the link's own
+ */
+export function claimIn(
+  packet: ArpPacket,
+  link: Link,
+  except: readonly string[] = [],
+): (OtherHolder & { readonly address: Ipv4 }) | undefined {
+  if (packet.type !== link.type || packet.senderHardware.length !== link.address.length) return undefined;
+  const sender = identity(link.type, packet.senderHardware);
+  if (sender === identity(link.type, link.address)) return undefined;
+  if (except.some((text) => identity(link.type, hardwareBytes(text)) === sender)) return undefined;
+  const hardware = printHardware(packet.senderHardware);
+  if (packet.sender !== NO_ADDRESS) return { address: packet.sender, hardware, how: 'has' };
+  return packet.operation === 'request' ? { address: packet.target, hardware, how: 'probes' } : undefined;
+}
+
+const NO_ADDRESS = '0.0.0.0';
+
+/** A hardware address as `ip link` writes it. */
+export function printHardware(bytes: Uint8Array): string {
+  return [...bytes].map((byte) => byte.toString(16).padStart(2, '0')).join(':');
+}
+
+function hardwareBytes(text: string): Uint8Array {
+  return Uint8Array.from(text.split(':'), (part) => Number.parseInt(part, 16));
+}
+
+/** What tells two stations apart. The first octet of an IPoIB address is flags (RFC 4391 §9.1.1), which do not. */
+function identity(type: number, address: Uint8Array): string {
+  return printHardware(type === ARPHRD.infiniband ? address.subarray(1) : address);
+}
+
+/** struct sockaddr_ll (packet(7)) to bind a socket to what ARP arrives on the link. */
+export function arpSockaddr(link: Link): Uint8Array {
+  return concat(u16(AF_PACKET), u16be(ETH_P_ARP), u32(link.index), new Uint8Array(SOCKADDR_LL - 8));
 }
 
 /**

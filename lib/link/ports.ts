@@ -12,11 +12,17 @@ export interface Link {
   readonly mtu: number;
   /** IFF_UP. */
   readonly up: boolean;
+  /** IFF_RUNNING: it has a carrier; of a bond, an active slave. */
+  readonly running: boolean;
+  /** What `ip -d link` calls it: bond, bridge, veth, ipoib; null where the driver gives no name. */
+  readonly kind: string | null;
   /** Hardware address: 6 bytes on Ethernet, 20 on IPoIB; empty where the device has none. */
   readonly address: Uint8Array;
   readonly broadcast: Uint8Array;
   /** Index of the bridge or bond that it belongs to. */
   readonly master: number | null;
+  /** How often the carrier came or went since the link was made; a link that is set down and up counts as well. */
+  readonly carrierChanges: number | null;
 }
 
 /** One IPv4 address on a link. */
@@ -35,6 +41,7 @@ export interface BridgePort {
 
 export interface Links {
   link(name: LinkName): Promise<Link | undefined>;
+  linkAt(index: number): Promise<Link | undefined>;
   /** Every IPv4 address of the host, by one complete dump. An interrupted dump is repeated, never returned short. */
   addresses(): Promise<readonly InetAddress[]>;
   /** Whether the address is one of this host's own, by one route lookup: cost does not grow with the addresses. */
@@ -65,6 +72,11 @@ export interface Conntrack {
   flush(requests: readonly FlushRequest[]): Promise<number>;
 }
 
+export interface LinkAddress {
+  readonly device: LinkName;
+  readonly address: Ipv4;
+}
+
 export interface AnnounceResult {
   readonly address: Ipv4;
   readonly device: string;
@@ -73,6 +85,49 @@ export interface AnnounceResult {
 }
 
 export interface Announcer {
-  /** Sends a gratuitous ARP request and reply for each address, all over one socket. Never throws. */
-  announce(items: readonly { readonly device: LinkName; readonly address: Ipv4 }[]): Promise<readonly AnnounceResult[]>;
+  /**
+   * Sends a gratuitous ARP request and reply for each address, all over one socket, with a pause now and then where
+   * there are many. Never throws.
+   */
+  announce(items: readonly LinkAddress[]): Promise<readonly AnnounceResult[]>;
+  /**
+   * Has them announced again a little later, by a process of its own that holds no lock and looks before each round
+   * whether the alias is still there. Does not wait for it, never throws.
+   * @returns why it could not be started
+   */
+  repeat(items: readonly RepeatItem[]): Promise<string | undefined>;
+}
+
+/** An alias that is announced as long as it stands. */
+export interface RepeatItem extends LinkAddress {
+  readonly label: string;
+}
+
+export interface ProbeResult {
+  readonly address: Ipv4;
+  readonly device: string;
+  /** Who else has the address, or is about to take it; undefined: nobody answered. */
+  readonly other?: OtherHolder;
+  /** Why it could not be asked; nobody knows then. */
+  readonly error?: string;
+}
+
+export interface OtherHolder {
+  /** Its hardware address, as `ip link` writes it. */
+  readonly hardware: string;
+  /** It has the address, or it probes for it at the same time (RFC 5227 §2.1.1). */
+  readonly how: 'has' | 'probes';
+}
+
+export interface ProbeOptions {
+  /** Hardware addresses that may have it, as `ip link` writes them: the host that it moves away from. */
+  readonly except?: readonly string[];
+}
+
+export interface Prober {
+  /**
+   * Asks on each link, by ARP probes (RFC 5227), whether another host has the address. All are asked in one window of
+   * time, by one socket for each link. Never throws.
+   */
+  probe(items: readonly LinkAddress[], options?: ProbeOptions): Promise<readonly ProbeResult[]>;
 }

@@ -32,7 +32,19 @@ const AF_INET = 2;
 const AF_BRIDGE = 7;
 
 const IFF_UP = 1;
-const IFLA = { address: 1, broadcast: 2, ifname: 3, mtu: 4, master: 10, protinfo: 12, extMask: 29 } as const;
+const IFF_RUNNING = 0x40;
+const IFLA = {
+  address: 1,
+  broadcast: 2,
+  ifname: 3,
+  mtu: 4,
+  master: 10,
+  protinfo: 12,
+  linkinfo: 18,
+  extMask: 29,
+  carrierChanges: 35,
+} as const;
+const IFLA_INFO_KIND = 1;
 const IFLA_BRPORT_MODE = 4;
 /** Leave the statistics out of the answer. */
 const RTEXT_FILTER_SKIP_STATS = 8;
@@ -73,16 +85,21 @@ export function decodeLink(message: Message): Link | undefined {
   const attrs = attributes(payload.subarray(IFINFOMSG));
   const index = readI32(payload, 4);
   const name = attrs.get(IFLA.ifname);
+  const flags = readU32(payload, 8) ?? 0;
+  const kind = attributes(attrs.get(IFLA.linkinfo) ?? new Uint8Array()).get(IFLA_INFO_KIND);
   if (index === undefined || index <= 0 || name === undefined) return undefined;
   return {
     index,
     name: readCString(name),
     type: readU16(payload, 2) ?? 0,
     mtu: readU32(attrs.get(IFLA.mtu) ?? new Uint8Array(), 0) ?? 0,
-    up: ((readU32(payload, 8) ?? 0) & IFF_UP) !== 0,
+    up: (flags & IFF_UP) !== 0,
+    running: (flags & IFF_RUNNING) !== 0,
+    kind: kind === undefined ? null : readCString(kind),
     address: attrs.get(IFLA.address) ?? new Uint8Array(),
     broadcast: attrs.get(IFLA.broadcast) ?? new Uint8Array(),
     master: readU32(attrs.get(IFLA.master) ?? new Uint8Array(), 0) ?? null,
+    carrierChanges: readU32(attrs.get(IFLA.carrierChanges) ?? new Uint8Array(), 0) ?? null,
   };
 }
 

@@ -3,7 +3,7 @@
  * declared in `capabilities`, never asked by name above this line.
  */
 import type { Ipv4, Mac } from '../core/address.ts';
-import type { Network } from '../core/mapping.ts';
+import type { ServedNetwork } from '../core/mapping.ts';
 import type { Elements } from '../core/plan.ts';
 
 /** One mapping as the packet path knows it. */
@@ -30,15 +30,31 @@ export interface ObservedPairs {
   readonly unbound: ReadonlySet<Ipv4>;
 }
 
+/**
+ * What the host has forwarded for one pair since it was made: between guest and fabric, and between guests of this host
+ * by IB address. Above 2^53 the numbers are rounded.
+ */
+export interface Traffic {
+  readonly sent: Count;
+  readonly received: Count;
+}
+
+export interface Count {
+  readonly packets: number;
+  readonly bytes: number;
+}
+
 /** The whole table, as `status`, `list` and `reconcile` read it. */
 export interface ObservedTable extends ObservedPairs {
+  /** What was counted, by guest address; empty where the engine cannot count. */
+  readonly traffic: ReadonlyMap<Ipv4, Traffic>;
   /** Rules, chains or sets that differ from what the engine would load for this `TableSpec`; empty: as loaded. */
   readonly differences: readonly string[];
 }
 
 /** Everything the rule set depends on. Pairs are not part of it. */
 export interface TableSpec {
-  readonly networks: readonly Network[];
+  readonly networks: readonly ServedNetwork[];
   /** The host's own IPv4 addresses on each network's device (aliases of ours excluded), by network name; may be empty. */
   readonly hostAddresses: ReadonlyMap<string, readonly Ipv4[]>;
 }

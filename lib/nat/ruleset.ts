@@ -6,10 +6,11 @@
  * comes first, and the many pairs of links are one lookup.
  */
 import { ipv4ToNumber, type Range, rangeSize } from '../core/address.ts';
-import type { Network } from '../core/mapping.ts';
+import type { ServedNetwork } from '../core/mapping.ts';
 import type {
   Chain,
   Command,
+  ElementValue,
   Expression,
   NftMap,
   NftSet,
@@ -26,6 +27,17 @@ export const GUEST_TO_IB = 'guest_to_ib';
 export const IB_TO_GUEST = 'ib_to_guest';
 export const GUEST_MAC = 'guest_mac';
 export const GUEST_ANY_MAC = 'guest_any_mac';
+/** The keys of the two maps once more: Linux 6.1 takes no map where a rule only asks whether an address is in it. */
+export const MAPPED_GUESTS = 'mapped_guests';
+export const MAPPED_ADDRESSES = 'mapped_addresses';
+/**
+ * Count, for each guest address that has a pair, what the host forwards from it and to it. No rule decides by them: the
+ * look-up that finds the element counts, and that is all. nft before 1.0.6 ignores the counter, so nothing counts there.
+ */
+export const GUEST_SENT = 'guest_sent';
+export const GUEST_RECEIVED = 'guest_received';
+/** They keep their elements, and with these their counts, when the table is loaded anew. */
+export const COUNTING: readonly string[] = [GUEST_SENT, GUEST_RECEIVED];
 /** Holds the tag of the rule set under this key: read in the time of one lookup, replaced with the rules. */
 export const SCHEMA = 'schema';
 export const SCHEMA_KEY = 1;
@@ -39,6 +51,10 @@ const MAPS: readonly NftMap[] = [
 const SETS: readonly NftSet[] = [
   { ...IN_TABLE, name: GUEST_MAC, type: ['ipv4_addr', 'ether_addr'] },
   { ...IN_TABLE, name: GUEST_ANY_MAC, type: 'ipv4_addr' },
+  { ...IN_TABLE, name: MAPPED_GUESTS, type: 'ipv4_addr' },
+  { ...IN_TABLE, name: MAPPED_ADDRESSES, type: 'ipv4_addr' },
+  { ...IN_TABLE, name: GUEST_SENT, type: 'ipv4_addr', stmt: [{ counter: null }] },
+  { ...IN_TABLE, name: GUEST_RECEIVED, type: 'ipv4_addr', stmt: [{ counter: null }] },
 ];
 
 /**
@@ -67,6 +83,7 @@ const DADDR: Expression = { payload: { protocol: 'ip', field: 'daddr' } };
 const ORIGINAL_DADDR: Expression = { ct: { key: 'ip daddr', dir: 'original' } };
 
 const ACCEPT: Statement = { accept: null };
+const RETURN: Statement = { return: null };
 /** Drops are counted, so that a look at the table says why something does not get through; accepts are not: it costs. */
 const DROP: readonly Statement[] = [{ counter: null }, { drop: null }];
 const DNAT_BY_MAP: Statement = { dnat: { addr: { map: { key: DADDR, data: `@${IB_TO_GUEST}` } } } };
@@ -76,7 +93,11 @@ const WAS_DNAT: Statement = { match: { op: 'in', left: { ct: { key: 'status' } }
  * The flow was sent to an IB address of this host. DNAT alone does not say so: port forwardings of others on the same
  * bridge have it too, and are left alone.
  */
-const WAS_SENT_TO_IB: readonly Statement[] = [WAS_DNAT, is(ORIGINAL_DADDR, `@${IB_TO_GUEST}`)];
+const WAS_SENT_TO_IB: readonly Statement[] = [WAS_DNAT, is(ORIGINAL_DADDR, `@${MAPPED_ADDRESSES}`)];
+
+const TRANSLATED: Statement = { match: { op: 'in', left: { ct: { key: 'status' } }, right: ['snat', 'dnat'] } };
+const COUNT_SENT: Statement = { match: { op: '==', left: SADDR, right: `@${GUEST_SENT}` } };
+const COUNT_RECEIVED: Statement = { match: { op: '==', left: DADDR, right: `@${GUEST_RECEIVED}` } };
 
 function is(left: Expression, right: Expression): Statement {
   return { match: { op: '==', left, right } };
@@ -101,6 +122,20 @@ function rangeOf(range: Range): Expression {
   return { range: [range.first, range.last] };
 }
 
+/** Some ranges as the right side of a comparison; undefined: there is none. */
+function rangesOf(ranges: readonly Range[]): Expression | undefined {
+  const [first, ...more] = ranges;
+  if (first === undefined) return undefined;
+  // Such a set is written only while mappings of an older configuration stand.
+  return more.length === 0 ? rangeOf(first) : { set: ranges.map((range) => rangeOf(range) as ElementValue) };
+}
+
+/** No statement where the set is empty: a comparison with it would always hold. */
+function outside(left: Expression, ranges: readonly Range[]): readonly Statement[] {
+  const set = rangesOf(ranges);
+  return set === undefined ? [] : [isNot(left, set)];
+}
+
 /** The table without its elements. */
 interface RuleSet {
   readonly maps: readonly NftMap[];
@@ -112,9 +147,11 @@ interface RuleSet {
 function build(spec: TableSpec): RuleSet {
   const { networks } = spec;
   const isolated = networks.filter((network) => network.isolate);
-  const bridges = networks.map((network) => network.bridge);
-  const devices = networks.map((network) => network.device);
-  const hostOf = (network: Network) => spec.hostAddresses.get(network.name) ?? [];
+  const bridges = distinct(networks.map((network) => network.bridge));
+  const devices = distinct(networks.map((network) => network.device));
+  const hostOf = (network: ServedNetwork) => spec.hostAddresses.get(network.name) ?? [];
+  const onBridge = (bridge: string) => networks.filter((network) => network.bridge === bridge);
+  const sharesBridge = (network: ServedNetwork): boolean => onBridge(network.bridge).length > 1;
 
   const chains: Chain[] = [];
   const rules: Rule[] = [];
@@ -127,42 +164,109 @@ function build(spec: TableSpec): RuleSet {
   for (const network of isolated) {
     const { name } = network;
     chain(`sender_${name}`);
-    rule(
-      `sender_${name}`,
-      `source is no guest address of network ${name}`,
-      isNot(SADDR, rangeOf(network.guests)),
-      ...DROP,
-    );
+    rule(`sender_${name}`, `source is no guest address of network ${name}`, ...outside(SADDR, network.guests), ...DROP);
     const pair: Expression = { concat: [SADDR, { payload: { protocol: 'ether', field: 'saddr' } }] };
-    rule(`sender_${name}`, 'mapped guest with its own MAC', is(pair, `@${GUEST_MAC}`), ACCEPT);
-    rule(`sender_${name}`, 'mapped guest, mapping without a MAC', is(SADDR, `@${GUEST_ANY_MAC}`), ACCEPT);
-    rule(`sender_${name}`, 'forged: mapped guest address with another MAC', is(SADDR, `@${GUEST_TO_IB}`), ...DROP);
+    rule(`sender_${name}`, 'mapped guest with its own MAC', is(pair, `@${GUEST_MAC}`), RETURN);
+    rule(`sender_${name}`, 'mapped guest, mapping without a MAC', is(SADDR, `@${GUEST_ANY_MAC}`), RETURN);
+    rule(`sender_${name}`, 'forged: mapped guest address with another MAC', is(SADDR, `@${MAPPED_GUESTS}`), ...DROP);
     rule(`sender_${name}`, 'guest without a mapping', ...DROP);
 
+    chain(`by_address_${name}`);
+    rule(`by_address_${name}`, 'the source decides', { jump: { target: `sender_${name}` } });
+    rule(`by_address_${name}`, 'counts what the guest sends', COUNT_SENT);
+    rule(`by_address_${name}`, 'counts what the guest receives', COUNT_RECEIVED);
+  }
+  for (const network of isolated) {
+    const { name } = network;
+    const goSender: Statement = { goto: { target: `sender_${name}` } };
     chain(`to_fabric_${name}`);
     const invalid: Statement = { match: { op: 'in', left: { ct: { key: 'state' } }, right: 'invalid' } };
     rule(`to_fabric_${name}`, 'NAT skips invalid packets: guest address would leave', invalid, ...DROP);
-    rule(`to_fabric_${name}`, 'the source decides', { goto: { target: `sender_${name}` } });
+    rule(`to_fabric_${name}`, 'the source decides', { jump: { target: `sender_${name}` } });
+    rule(`to_fabric_${name}`, 'counts what the guest sends', COUNT_SENT);
 
     chain(`to_guests_${name}`);
-    const translated: Statement = { match: { op: 'in', left: { ct: { key: 'status' } }, right: ['snat', 'dnat'] } };
-    rule(`to_guests_${name}`, 'translated: sent to an IB address, or an answer', translated, ACCEPT);
+    if (sharesBridge(network)) {
+      rule(`to_guests_${name}`, 'guest of another network', ...outside(DADDR, network.guests), ...DROP);
+    }
+    rule(`to_guests_${name}`, 'counts what the guest receives', TRANSLATED, COUNT_RECEIVED, ACCEPT);
+    rule(`to_guests_${name}`, 'translated: sent to an IB address, or an answer', TRANSLATED, ACCEPT);
     rule(`to_guests_${name}`, 'guest address used directly from the fabric', ...DROP);
 
-    chain(`between_guests_${name}`);
-    const goSender: Statement = { goto: { target: `sender_${name}` } };
-    rule(`between_guests_${name}`, 'by IB address only; bridged frames pass', ...WAS_SENT_TO_IB, goSender);
+    if (onBridge(network.bridge)[0] === network) {
+      chain(`between_guests_${name}`);
+      if (!sharesBridge(network)) {
+        const target: Statement = { goto: { target: `by_address_${name}` } };
+        rule(`between_guests_${name}`, 'by IB address only; bridged frames pass', ...WAS_SENT_TO_IB, target);
+      } else {
+        for (const one of onBridge(network.bridge)) {
+          const guests = rangesOf(one.guests);
+          if (guests === undefined) continue;
+          const within = [...WAS_SENT_TO_IB, is(SADDR, guests), is(DADDR, guests)];
+          const target: Statement = { goto: { target: `by_address_${one.name}` } };
+          rule(`between_guests_${name}`, `within network ${one.name}`, ...within, target);
+        }
+        rule(`between_guests_${name}`, 'networks do not mix', ...WAS_SENT_TO_IB, ...DROP);
+      }
+    }
 
     chain(`to_host_${name}`);
-    const others = networks.filter((other) => other !== network).flatMap(hostOf);
+    const others = distinct(networks.filter((other) => other.device !== network.device).flatMap(hostOf));
     if (others.length > 0) {
       rule(`to_host_${name}`, "the host's address on another network", is(DADDR, oneOf(others)), ...DROP);
     }
-    rule(`to_host_${name}`, 'a mapped source must not be forged', is(SADDR, `@${GUEST_TO_IB}`), goSender);
+    rule(`to_host_${name}`, 'a mapped source must not be forged', is(SADDR, `@${MAPPED_GUESTS}`), goSender);
+  }
+  for (const bridge of bridges) {
+    const [first, ...more] = onBridge(bridge).filter((network) => network.isolate);
+    if (first === undefined || more.length === 0) continue;
+    chain(toHost(bridge, networks));
+    for (const network of more) {
+      const guests = rangesOf(network.guests);
+      if (guests === undefined) continue;
+      const target: Statement = { goto: { target: `to_host_${network.name}` } };
+      rule(toHost(bridge, networks), `guest of network ${network.name}`, is(SADDR, guests), target);
+    }
+    rule(toHost(bridge, networks), 'the others', { goto: { target: `to_host_${first.name}` } });
+  }
+  const moved = isolated.flatMap((from) =>
+    isolated.filter((to) => to.device === from.device && to.bridge !== from.bridge).map((to) => [from, to] as const),
+  );
+  if (moved.length > 0) {
+    chain('between_bridges');
+    for (const [from, to] of moved) {
+      const guests = rangesOf(to.guests);
+      if (guests === undefined) continue;
+      const links = [is(IIFNAME, from.bridge), is(OIFNAME, to.bridge)];
+      rule(
+        'between_bridges',
+        `${from.name} to ${to.name}: on one fabric`,
+        ...links,
+        ...WAS_SENT_TO_IB,
+        is(DADDR, guests),
+        {
+          goto: { target: `by_address_${from.name}` },
+        },
+      );
+    }
+    rule('between_bridges', 'networks do not mix', ...DROP);
   }
   if (isolated.length > 0 && networks.length > 1) {
     chain('between_networks');
     rule('between_networks', 'networks do not mix', ...DROP);
+  }
+  if (isolated.length < networks.length) {
+    // The source of a first packet is translated later only, so its connection does not say so yet.
+    for (const [name, when, counts] of [
+      ['open_to_fabric', [], [COUNT_SENT]],
+      ['open_to_guests', [TRANSLATED], [COUNT_RECEIVED]],
+      ['open_between_guests', WAS_SENT_TO_IB, [COUNT_SENT, COUNT_RECEIVED]],
+    ] as const) {
+      chain(name);
+      for (const count of counts) {
+        rule(name, `counts what the guest ${count === COUNT_SENT ? 'sends' : 'receives'}`, ...when, count);
+      }
+    }
   }
   chain('not_for_host');
   const answer = is({ ct: { key: 'direction' } }, 'reply');
@@ -186,58 +290,85 @@ function build(spec: TableSpec): RuleSet {
   rule('postrouting', 'guest to a guest here by IB address: seen with its own', ...loopback, SNAT_BY_MAP);
   for (const network of networks) {
     // The host picks the IB address itself as source, since the alias makes it local.
-    const fromHost = [is(OIFNAME, network.bridge), WAS_DNAT, is(SADDR, `@${IB_TO_GUEST}`)];
+    const guests = sharesBridge(network) ? rangesOf(network.guests) : undefined;
+    const toGuests = guests === undefined ? [] : [is(DADDR, guests)];
+    const fromHost = [is(OIFNAME, network.bridge), WAS_DNAT, is(SADDR, `@${MAPPED_ADDRESSES}`), ...toGuests];
     const own = hostOf(network)[0];
     const seenAs: Statement = own === undefined ? { masquerade: null } : { snat: { addr: own } };
     rule('postrouting', `${network.name}: host to an IB address: guest sees the host`, ...fromHost, seenAs);
   }
 
+  const key: Expression = { concat: [IIFNAME, OIFNAME] };
+  rule('guard_forward', 'from where to where', { vmap: { key, data: { set: verdictsByLinks(networks) } } });
   if (isolated.length > 0) {
-    const pairs = verdictsByLinks(networks);
-    const key: Expression = { concat: [IIFNAME, OIFNAME] };
-    rule('guard_forward', 'from where to where', { vmap: { key, data: { set: pairs } } });
-    const guarded = is(OIFNAME, oneOf(isolated.map((network) => network.bridge)));
-    rule('guard_forward', 'IB address used through a foreign link', guarded, ...WAS_SENT_TO_IB, ...DROP);
+    const guarded = is(OIFNAME, oneOf(distinct(isolated.map((network) => network.bridge))));
+    // Not by the miss in the look-up above alone: while rules are replaced a packet may find the map of the old ones empty.
+    const foreign = isNot(IIFNAME, oneOf([...devices, ...bridges]));
+    rule('guard_forward', 'IB address used through a foreign link', foreign, guarded, ...WAS_SENT_TO_IB, ...DROP);
   }
-  const toMapped = [isNot(IIFNAME, 'lo'), is(DADDR, `@${IB_TO_GUEST}`)];
+  const toMapped = [isNot(IIFNAME, 'lo'), is(DADDR, `@${MAPPED_ADDRESSES}`)];
   rule('guard_input', 'packet for a guest that was not translated', ...toMapped, { goto: { target: 'not_for_host' } });
   if (isolated.length > 0) {
-    const byBridge = isolated.map(({ bridge, name }) => [bridge, { goto: { target: `to_host_${name}` } }] as const);
+    const byBridge = distinct(isolated.map(({ bridge }) => bridge)).map(
+      (bridge) => [bridge, { goto: { target: toHost(bridge, networks) } }] as const,
+    );
     rule('guard_input', 'guest to the host', { vmap: { key: IIFNAME, data: { set: byBridge } } });
-    const guarded = is(OIFNAME, oneOf(isolated.map((network) => network.device)));
+    const guarded = is(OIFNAME, oneOf(distinct(isolated.map((network) => network.device))));
     for (const network of networks) {
+      const guests = rangesOf(network.guests);
+      if (guests === undefined) continue;
       const comment = `guest address of network ${network.name} on the fabric: must stay 0`;
-      rule('guard_postrouting', comment, guarded, is(SADDR, rangeOf(network.guests)), ...DROP);
+      rule('guard_postrouting', comment, guarded, is(SADDR, guests), ...DROP);
     }
   }
   return { maps: MAPS, sets: SETS, chains: [...chains, ...BASE_CHAINS], rules };
 }
 
+function distinct<T>(values: readonly T[]): readonly T[] {
+  return [...new Set(values)];
+}
+
+/** Where packets from a bridge to the host go. */
+function toHost(bridge: string, networks: readonly ServedNetwork[]): string {
+  const [first, ...more] = networks.filter((network) => network.bridge === bridge);
+  // A network name has no dot in front.
+  return more.length === 0 ? `to_host_${first?.name}` : `to_host_.${bridge}`;
+}
+
 /**
  * One element for each pair of our links that a packet may come and go by. Not listed, so untouched: link to link,
- * which is the host's own routing, and networks without isolation among themselves.
+ * which is the host's own routing, and networks without isolation among themselves. Networks share a link only while
+ * the configuration of one was changed under running guests.
  */
-function verdictsByLinks(networks: readonly Network[]) {
-  const to = (from: string, out: string, target: string) => [{ concat: [from, out] }, { goto: { target } }] as const;
-  return networks.flatMap((one) =>
-    networks.flatMap((other) => {
-      if (one !== other) {
-        if (!one.isolate && !other.isolate) return [];
-        const { bridge, device } = other;
-        return [
-          to(one.bridge, bridge, 'between_networks'),
-          to(one.bridge, device, 'between_networks'),
-          to(device, one.bridge, 'between_networks'),
-        ];
-      }
-      if (!one.isolate) return [];
-      return [
-        to(one.bridge, one.device, `to_fabric_${one.name}`),
-        to(one.device, one.bridge, `to_guests_${one.name}`),
-        to(one.bridge, one.bridge, `between_guests_${one.name}`),
-      ];
-    }),
+function verdictsByLinks(networks: readonly ServedNetwork[]) {
+  const verdicts = new Map<string, readonly [{ concat: readonly string[] }, { goto: { target: string } }]>();
+  const to = (from: string, out: string, target: string): void => {
+    const key = `${from} ${out}`;
+    if (!verdicts.has(key)) verdicts.set(key, [{ concat: [from, out] }, { goto: { target } }]);
+  };
+  for (const { name, bridge, device, isolate } of networks) {
+    if (!isolate) {
+      to(bridge, device, 'open_to_fabric');
+      to(device, bridge, 'open_to_guests');
+      to(bridge, bridge, 'open_between_guests');
+      continue;
+    }
+    to(bridge, device, `to_fabric_${name}`);
+    to(device, bridge, `to_guests_${name}`);
+    to(bridge, bridge, `between_guests_${name}`);
+  }
+  const others = networks.flatMap((one) =>
+    networks.flatMap((other) => (one !== other && (one.isolate || other.isolate) ? [[one, other] as const] : [])),
   );
+  for (const [one, other] of others) {
+    if (one.device === other.device) to(one.bridge, other.bridge, 'between_bridges');
+  }
+  for (const [one, other] of others) {
+    to(one.bridge, other.bridge, 'between_networks');
+    to(one.bridge, other.device, 'between_networks');
+    to(other.device, one.bridge, 'between_networks');
+  }
+  return [...verdicts.values()];
 }
 
 /**
@@ -245,8 +376,13 @@ function verdictsByLinks(networks: readonly Network[]) {
  * stay: the table is flushed of its rules, never deleted, because with the last rule that uses connection tracking its
  * hooks go, and every translated flow dies.
  * @param stale chains to delete, from `staleChains`; the transaction fails when one is not there
+ * @param remade sets to delete and make anew, from `uncounted`; the same
  */
-export function ruleset(spec: TableSpec, stale: readonly string[] = []): readonly Command[] {
+export function ruleset(
+  spec: TableSpec,
+  stale: readonly string[] = [],
+  remade: readonly string[] = [],
+): readonly Command[] {
   const { maps, sets, chains, rules } = build(spec);
   const schema = { ...IN_TABLE, name: SCHEMA } as const;
   const tag: [number, number] = [SCHEMA_KEY, Number.parseInt(rulesetTag(spec), 16)];
@@ -254,6 +390,7 @@ export function ruleset(spec: TableSpec, stale: readonly string[] = []): readonl
     { add: { table: TABLE } },
     { flush: { table: TABLE } },
     ...stale.map((name): Command => ({ delete: { chain: { ...IN_TABLE, name } } })),
+    ...remade.map((name): Command => ({ delete: { set: { ...IN_TABLE, name } } })),
     ...maps.map((map): Command => ({ add: { map } })),
     ...sets.map((set): Command => ({ add: { set } })),
     ...chains.map((chain): Command => ({ add: { chain } })),
@@ -267,6 +404,14 @@ export function ruleset(spec: TableSpec, stale: readonly string[] = []): readonl
 export function staleChains(listing: TableListing, spec: TableSpec): readonly string[] {
   const wanted = new Map(build(spec).chains.map((chain) => [chain.name, canonical(chain)]));
   return listing.chains.filter((chain) => wanted.get(chain.name) !== canonical(chain)).map((chain) => chain.name);
+}
+
+/**
+ * Sets of a listed table that are to count and do not, as after an upgrade of nft: the kernel refuses to add a set that
+ * is there with other statements. Where nft cannot make them count they are made anew at each load, which does no harm.
+ */
+export function uncounted(listing: TableListing): readonly string[] {
+  return listing.sets.filter(({ name, stmt }) => COUNTING.includes(name) && stmt === undefined).map(({ name }) => name);
 }
 
 /** A 32-bit tag of the rule set as 8 hex digits (FNV-1a of its canonical form): equal for equal rules, else all but surely not. */
@@ -332,8 +477,8 @@ function compareNamed(kind: string, wanted: readonly Named[], listed: readonly N
   for (const name of listedForms.keys()) found.push(`${kind} ${name}: unknown`);
 }
 
-/** What a kernel adds to an object and what does not belong to the rule set. */
-const NOT_COMPARED: readonly string[] = ['handle', 'elem'];
+/** What a kernel adds to an object, what does not belong to the rule set, and the counter of a set, which old nft leaves out. */
+const NOT_COMPARED: readonly string[] = ['handle', 'elem', 'stmt'];
 
 /** One text for all forms of the same thing: keys sorted, counters at zero, anonymous sets and flags in one order. */
 function canonical(value: unknown): string {

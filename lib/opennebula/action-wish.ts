@@ -8,9 +8,10 @@
  * VirtualMachineContext.cc of 6.0.0 to 7.4.0). A VM without network context has no such variables; there an alias that is in effect
  * goes, and one that is not comes, unless it went before, since oned never gives a NIC_ID again.
  */
+import { networkOfBridge } from '../core/config.ts';
 import type { KvmIbError } from '../core/errors.ts';
 import type { Config, Mapping } from '../core/mapping.ts';
-import type { NicAlias, Vm } from './action-data.ts';
+import type { Nic, NicAlias, Vm } from './action-data.ts';
 import type { KnownAction } from './contract.ts';
 import type { Wish } from './mappings.ts';
 import { wishedMappings } from './mappings.ts';
@@ -51,7 +52,10 @@ export function wishOfAction(config: Config, vm: Vm, action: KnownAction, held: 
     else attachedAliases.push(alias.nic);
     if (action === 'attach_nic' || detachedAliases.includes(alias.nic)) without.add(alias.nic);
   }
-  const keep: number[] = [];
+  // A NIC whose bridge is in the configuration no more: its network is served until the VM ends.
+  const isUnknown = ({ nic, bridge }: Nic) =>
+    networkOfBridge(config, bridge) === undefined && held.mappings.some((m) => m.nic === nic && m.bridge === bridge);
+  const keep = vm.nics.filter((nic) => !without.has(nic.nic) && isUnknown(nic)).map(({ nic }) => nic);
   const faults: string[] = [];
   const wish = wishedMappings(config, vm, {
     without,

@@ -2,18 +2,18 @@
  * What the actions of OpenNebula come to, in steps of `sync`: most begin before the stock script and end with its verdict.
  * Between the two the state file is pending, so that reconcile, other actions and whoever comes after a crash know.
  *
- * Where libvirt can say what the domain of a running VM has, it is asked before the lock is taken.
+ * Where the domain is there, what libvirt says of it counts for more than what OpenNebula says.
  */
 import type { Mapping, Owner } from '../core/mapping.ts';
 import { domainName, ownerName, sameMapping } from '../core/mapping.ts';
 import { plan } from '../core/plan.ts';
 import type { DomainState, Holder, StateFile, VmWish } from '../core/state.ts';
-import { wishOfDomain } from '../core/state.ts';
+import { mappingsOf, wishOfDomain } from '../core/state.ts';
 import { apply } from './apply.ts';
 import type { Host } from './host.ts';
 import { observeMappings } from './observe.ts';
-import type { DomainView, SyncRequest, SyncResult } from './sync.ts';
-import { activeFile, nothingDone, sync, syncLocked } from './sync.ts';
+import type { DomainView, PendingFile, SyncRequest, SyncResult } from './sync.ts';
+import { activeFile, isPending, nothingDone, pendingBy, sync, syncLocked, wishFor, withDomain } from './sync.ts';
 
 export type VmOwner = Extract<Owner, { kind: 'vm' }>;
 
@@ -36,18 +36,18 @@ export function start(host: Host, request: ActionRequest): Promise<SyncResult> {
 }
 
 /** Before the stock script changes a running domain: as `start`, for the NICs that it has and those that are attached. */
-export async function prepare(host: Host, request: ActionRequest): Promise<SyncResult> {
-  return sync(host, { ...plain(request), domain: await viewOf(host, request), pending: true });
+export function prepare(host: Host, request: ActionRequest): Promise<SyncResult> {
+  return sync(host, { ...plain(request), domain: viewOf(request), pending: true });
 }
 
 /** What `prepare` would do. @throws KvmIbError as `sync` would */
-export async function check(host: Host, request: ActionRequest): Promise<SyncResult> {
-  return sync(host, { ...plain(request), domain: await viewOf(host, request), dryRun: true });
+export function check(host: Host, request: ActionRequest): Promise<SyncResult> {
+  return sync(host, { ...plain(request), domain: viewOf(request), dryRun: true });
 }
 
 /** After the stock script changed a running domain. */
-export async function follow(host: Host, request: ActionRequest): Promise<SyncResult> {
-  return sync(host, { ...plain(request), domain: await viewOf(host, request) });
+export function follow(host: Host, request: ActionRequest): Promise<SyncResult> {
+  return sync(host, { ...plain(request), domain: viewOf(request) });
 }
 
 /**
@@ -67,15 +67,15 @@ export function mark(host: Host, { owner, action, holder }: ActionRequest): Prom
 }
 
 /** After `mark`, when the stock script succeeded: what the domain has now; nothing, when it has gone. */
-export async function finish(host: Host, request: ActionRequest): Promise<SyncResult> {
+export function finish(host: Host, request: ActionRequest): Promise<SyncResult> {
   const { owner, action, holder } = request;
-  const domain = await host.domains.state(owner.vm);
-  return host.withLock(`finish ${action} of ${ownerName(owner)}`, async () => {
-    const file = host.store.read(owner);
+  return withDomain(host, owner, holder, `finish ${action} of ${ownerName(owner)}`, async (domain, file) => {
     // Another action began meanwhile, and brings it right.
     if (otherUnderWay(host, file, holder)) return nothingDone(owner);
     if (domain.kind === 'inactive') return syncLocked(host, { owner, wish: [], action, holder });
-    return syncLocked(host, { ...plain(request), domain: domainView(request, domain) });
+    const macs = domain.kind === 'active' ? domain.macs : undefined;
+    const wish = (prior: StateFile | undefined) => wishFor(request.wish.mappings, viewOf(request), macs, prior);
+    return syncLocked(host, { ...plain(request), wish });
   });
 }
 
@@ -84,12 +84,12 @@ export async function finish(host: Host, request: ActionRequest): Promise<SyncRe
  * @param wish what the action mapped: taken up again when its file is gone but the domain is there, as after a
  *   `kvm-ib remove` that came in between
  */
-export function commit(host: Host, owner: Owner, holder: Holder, wish: readonly Mapping[] = []): Promise<SyncResult> {
+export function commit(host: Host, owner: VmOwner, holder: Holder, wish: readonly Mapping[] = []): Promise<SyncResult> {
   return host.withLock(`commit ${ownerName(owner)}`, async () => {
     const file = host.store.read(owner);
     const own = pendingBy(file, holder);
     if (own !== undefined) {
-      const isGone = own.phase.overtaken === true && (await domainOf(host, owner)).kind === 'inactive';
+      const isGone = own.phase.overtaken === true && (await host.domains.state(owner.vm)).kind === 'inactive';
       return isGone ? syncLocked(host, { owner, wish: [], action: 'commit', holder }) : activate(host, own);
     }
     const other = otherUnderWay(host, file, holder);
@@ -98,7 +98,7 @@ export function commit(host: Host, owner: Owner, holder: Holder, wish: readonly 
       if (wish.length > 0) host.store.write({ ...other, previous: wish });
       return nothingDone(owner);
     }
-    const isMissing = file === undefined && wish.length > 0 && (await domainOf(host, owner)).kind === 'active';
+    const isMissing = file === undefined && wish.length > 0 && (await host.domains.state(owner.vm)).kind === 'active';
     return isMissing ? syncLocked(host, { owner, wish, action: 'commit', holder }) : nothingDone(owner);
   });
 }
@@ -119,10 +119,9 @@ async function activate(host: Host, file: StateFile): Promise<SyncResult> {
  * still has it. What the domain has in spite of the failure, as when a late step of the script failed, stays mapped. Nothing is
  * done when another action took over.
  */
-export async function undo(host: Host, owner: Owner, holder: Holder, action: string): Promise<SyncResult> {
-  const domain = await domainOf(host, owner);
-  return host.withLock(`undo ${ownerName(owner)}`, async () => {
-    const file = pendingBy(host.store.read(owner), holder);
+export function undo(host: Host, owner: VmOwner, holder: Holder, action: string): Promise<SyncResult> {
+  return withDomain(host, owner, holder, `undo ${ownerName(owner)}`, async (domain, stored) => {
+    const file = pendingBy(stored, holder);
     if (file === undefined) return nothingDone(owner);
     const wish = wishAfterFailure(file, domain);
     const result = await syncLocked(host, { owner, wish, action: `undo ${action}`, holder });
@@ -143,7 +142,7 @@ function wishAfterFailure(file: StateFile, domain: DomainState): readonly Mappin
       return [];
     case 'active':
       if (domain.macs !== undefined) {
-        return wishOfDomain({ mappings: previous, unmapped: [], attaching: [] }, mappings, domain.macs);
+        return wishOfDomain({ mappings: previous, unmapped: [], attaching: [] }, mappingsOf(file), domain.macs);
       }
       return previous.length > 0 ? previous : mappings;
   }
@@ -154,10 +153,9 @@ function wishAfterFailure(file: StateFile, domain: DomainState): readonly Mappin
  * decides by itself at its end, and is told to look; and where the domain is active, because the VM was deployed anew
  * meanwhile, nothing is released.
  */
-export async function release(host: Host, { owner, action, holder }: Omit<ActionRequest, 'wish'>): Promise<SyncResult> {
-  const domain = await host.domains.state(owner.vm);
-  return host.withLock(`${action} ${ownerName(owner)}`, async () => {
-    const other = otherUnderWay(host, host.store.read(owner), holder);
+export function release(host: Host, { owner, action, holder }: Omit<ActionRequest, 'wish'>): Promise<SyncResult> {
+  return withDomain(host, owner, holder, `${action} ${ownerName(owner)}`, async (domain, file) => {
+    const other = otherUnderWay(host, file, holder);
     if (other !== undefined) {
       host.store.write({ ...other, phase: { ...other.phase, overtaken: true } });
       return nothingDone(owner, `${other.phase.action} of ${ownerName(owner)} is under way and decides at its end`);
@@ -170,10 +168,8 @@ export async function release(host: Host, { owner, action, holder }: Omit<Action
 }
 
 /** Releases a VM whose domain is not active, and nothing else: for state hooks, and after a stock script that failed. */
-export async function settle(host: Host, owner: VmOwner, holder: Holder): Promise<SyncResult> {
-  const domain = await host.domains.state(owner.vm);
-  return host.withLock(`settle ${ownerName(owner)}`, async () => {
-    const file = host.store.read(owner);
+export function settle(host: Host, owner: VmOwner, holder: Holder): Promise<SyncResult> {
+  return withDomain(host, owner, holder, `settle ${ownerName(owner)}`, async (domain, file) => {
     if (file === undefined) return nothingDone(owner);
     if (domain.kind === 'unknown') {
       return nothingDone(owner, `libvirt does not answer: ${ownerName(owner)} is left to reconcile`);
@@ -187,29 +183,8 @@ function plain({ owner, action, holder, wish, detachedAliases = [] }: ActionRequ
   return { owner, action, holder, wish: wish.mappings, detachedAliases };
 }
 
-async function viewOf(host: Host, request: ActionRequest): Promise<DomainView> {
-  return domainView(request, await host.domains.state(request.owner.vm));
-}
-
-function domainView({ wish, keep = () => false }: ActionRequest, domain: DomainState): DomainView {
-  return { ...wish, keep, macs: domain.kind === 'active' ? domain.macs : undefined };
-}
-
-async function domainOf(host: Host, owner: Owner): Promise<DomainState> {
-  return owner.kind === 'vm' ? host.domains.state(owner.vm) : { kind: 'unknown' };
-}
-
-type PendingFile = StateFile & { readonly phase: Extract<StateFile['phase'], { name: 'pending' }> };
-
-function isPending(file: StateFile | undefined): file is PendingFile {
-  return file?.phase.name === 'pending';
-}
-
-/** The file, if it is this action's own. */
-function pendingBy(file: StateFile | undefined, holder: Holder): PendingFile | undefined {
-  if (!isPending(file)) return undefined;
-  const { pid, start: since, bootId } = file.phase.holder;
-  return pid === holder.pid && since === holder.start && bootId === holder.bootId ? file : undefined;
+function viewOf({ owner, wish, keep = () => false }: ActionRequest): DomainView {
+  return { vm: owner.vm, unmapped: wish.unmapped, attaching: wish.attaching, keep };
 }
 
 /** The file, if another action is at work on it. */

@@ -1,9 +1,8 @@
 /** Carries out a plan: in order, each reversible change with its reversal noted first, all of it or none. */
-import type { Ipv4 } from '../core/address.ts';
 import { KvmIbError, toKvmIbError } from '../core/errors.ts';
 import type { Change } from '../core/plan.ts';
 import { describe, reverse } from '../core/plan.ts';
-import type { FlushRequest } from '../link/ports.ts';
+import type { FlushRequest, RepeatItem } from '../link/ports.ts';
 import type { Host } from './host.ts';
 
 export interface Applied {
@@ -11,6 +10,8 @@ export interface Applied {
   readonly flushed: number;
   /** What went wrong without failing the change. */
   readonly warnings: readonly string[];
+  /** IB addresses that are on their link now, but of which a warning says that they were not announced. */
+  readonly unannounced: ReadonlySet<string>;
 }
 
 /**
@@ -40,15 +41,42 @@ export async function apply(
   } catch (error) {
     throw await undoAll(host, done, 'Cannot finish', error);
   }
-  const announcements = changes.filter((change) => change.kind === 'announce');
-  if (announcements.length > 0) {
-    for (const result of await host.announcer.announce(announcements)) {
-      if (result.error !== undefined) {
-        warnings.push(`${result.address} was not announced on ${result.device}: ${result.error}`);
-      }
-    }
+  const announced = await announceAll(
+    host,
+    changes.filter((change) => change.kind === 'announce'),
+  );
+  return { flushed, warnings: [...warnings, ...announced.warnings], unannounced: announced.failed };
+}
+
+/** Announces aliases at once, and has it repeated later. What goes wrong is told and fails nothing. */
+export async function announceAll(
+  host: Pick<Host, 'announcer'>,
+  items: readonly RepeatItem[],
+): Promise<{ readonly warnings: readonly string[]; readonly failed: ReadonlySet<string> }> {
+  if (items.length === 0) return { warnings: [], failed: new Set() };
+  const warnings: string[] = [];
+  const failed = new Set<string>();
+  for (const { address, device, error } of await host.announcer.announce(items)) {
+    if (error === undefined) continue;
+    warnings.push(`${address} was not announced on ${device}: ${error}`);
+    failed.add(address);
   }
-  return { flushed, warnings };
+  warnings.push(
+    ...(await repeatLater(
+      host,
+      items.filter(({ address }) => !failed.has(address)),
+    )),
+  );
+  return { warnings, failed };
+}
+
+/** @returns a warning when it cannot be done */
+export async function repeatLater(
+  host: Pick<Host, 'announcer'>,
+  items: readonly RepeatItem[],
+): Promise<readonly string[]> {
+  const why = items.length === 0 ? undefined : await host.announcer.repeat(items);
+  return why === undefined ? [] : [`the announcement will not be repeated: ${why}`];
 }
 
 /** Changes that one call carries out: a run of conntrack flushes costs one look at the table, anything else stands alone. */
@@ -102,8 +130,8 @@ async function perform(host: Host, step: Step): Promise<Outcome> {
 
 /** What a guest's flow to the fabric may have been translated to before the mapping: the host's own address, by a masquerade. */
 function flushRequests(host: Host, flushes: readonly Flush[]): readonly FlushRequest[] {
-  const own = host.store.readTable()?.hostAddresses ?? new Map<string, readonly Ipv4[]>();
-  const staleOn = new Map(host.config.networks.map((n) => [n.device, own.get(n.name) ?? []]));
+  const table = host.store.readTable();
+  const staleOn = new Map((table?.networks ?? []).map((n) => [n.device, table?.hostAddresses.get(n.name) ?? []]));
   return flushes.map((flush): FlushRequest => {
     const { guest, address } = flush;
     if (flush.kind === 'flush-mapping') return { kind: 'mapping', guest, address };

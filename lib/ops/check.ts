@@ -1,5 +1,6 @@
 /** Holds the configuration against the host: `config check`. Reads only. */
 import type { Config, Network } from '../core/mapping.ts';
+import { servedNetworks } from '../core/served.ts';
 import type { Link, Links } from '../link/ports.ts';
 import { ARPHRD } from '../link/ports.ts';
 import { ownAddressInRange, tableSpec } from './observe.ts';
@@ -16,7 +17,10 @@ export interface Finding {
 
 /** What `config check` reads of the host besides links and addresses. */
 export interface Sysctls {
-  /** A value under /proc/sys by its dotted name; undefined when it is not there. */
+  /**
+   * A value under /proc/sys by its name as sysctl(8) takes it, where "/" stands for a dot in the name of a link
+   * (`net.ipv4.conf.ib0/8001.rp_filter`); undefined when it is not there.
+   */
   read(name: string): string | undefined;
 }
 
@@ -25,11 +29,12 @@ export async function checkConfig(
   sysctls: Sysctls,
 ): Promise<readonly Finding[]> {
   const findings: Finding[] = [];
-  const spec = tableSpec(host.config, await host.links.addresses());
+  const spec = tableSpec(servedNetworks(host.config.networks, []), await host.links.addresses());
   for (const network of host.config.networks) {
     const device = await host.links.link(network.device);
     const bridge = await host.links.link(network.bridge);
-    findings.push(...deviceFindings(network, device), ...bridgeFindings(network, bridge, device));
+    const master = device?.master == null ? undefined : await host.links.linkAt(device.master);
+    findings.push(...deviceFindings(network, device, master), ...bridgeFindings(network, bridge, device));
     const own = spec.hostAddresses.get(network.name) ?? [];
     const inside = ownAddressInRange(network, own);
     if (inside !== undefined) {
@@ -71,7 +76,15 @@ export async function checkConfig(
   return findings;
 }
 
-function deviceFindings(network: Network, device: Link | undefined): readonly Finding[] {
+/** Masters that take what their members receive: it counts as the master's, and no rule for the member sees it. */
+const TAKES_PACKETS: Readonly<Record<string, string>> = {
+  bond: 'slave',
+  team: 'port',
+  bridge: 'port',
+  openvswitch: 'port',
+};
+
+function deviceFindings(network: Network, device: Link | undefined, master: Link | undefined): readonly Finding[] {
   if (device === undefined) {
     const why = `network ${network.name} puts its aliases there`;
     const fix = `bring the IPoIB link up, or correct \`device\` of network ${network.name}`;
@@ -81,6 +94,15 @@ function deviceFindings(network: Network, device: Link | undefined): readonly Fi
   if (!device.up) {
     const fix = `ip link set ${network.device} up`;
     findings.push(finding('error', 'host-lacks', network, `${network.device} is down`, 'no packet passes it', fix));
+  } else if (!device.running) {
+    findings.push(noCarrier(network, device));
+  }
+  const role = TAKES_PACKETS[master?.kind ?? ''];
+  if (master !== undefined && role !== undefined) {
+    const what = `${network.device} is a ${role} of ${master.kind} ${master.name}`;
+    const why = `what it receives counts as received by ${master.name}, so nothing is translated`;
+    const fix = `write \`device: ${master.name}\` for network ${network.name}, and give that the host's address`;
+    findings.push(finding('error', 'host-lacks', network, what, why, fix));
   }
   if (device.type !== ARPHRD.infiniband) {
     const why = `its hardware type is ${device.type}, IPoIB has ${ARPHRD.infiniband}`;
@@ -96,6 +118,18 @@ function deviceFindings(network: Network, device: Link | undefined): readonly Fi
     );
   }
   return findings;
+}
+
+function noCarrier(network: Network, device: Link): Finding {
+  const bond = device.kind === 'bond';
+  return finding(
+    'warning',
+    'host-lacks',
+    network,
+    `${device.name} has no carrier`,
+    bond ? 'none of its slaves is active' : 'the port at the other end is down, or no subnet manager answers',
+    bond ? `see /proc/net/bonding/${device.name}, and bring a slave up` : 'look at the cable and at `ibstat`',
+  );
 }
 
 function bridgeFindings(network: Network, bridge: Link | undefined, device: Link | undefined): readonly Finding[] {

@@ -1,14 +1,20 @@
 /** Everything that an operation needs of the host it works on, behind one interface: handed in, never imported. */
 import type { Ipv4 } from '../core/address.ts';
 import type { Config, Owner } from '../core/mapping.ts';
+import type { TableRecord } from '../core/served.ts';
 import type { DomainState, Holder, StateFile } from '../core/state.ts';
-import type { Announcer, Conntrack, Links } from '../link/ports.ts';
+import type { Announcer, Conntrack, Links, Prober } from '../link/ports.ts';
 import type { NatEngine } from '../nat/engine.ts';
 
-/** What the loaded rule set was made for, besides the configuration. */
-export interface TableRecord {
-  /** The host's own addresses by network name. */
-  readonly hostAddresses: ReadonlyMap<string, readonly Ipv4[]>;
+export type { TableRecord };
+
+/** What a link was like when its aliases were last announced by reconcile. */
+export interface LinkRecord {
+  readonly bootId: string;
+  readonly index: number;
+  /** Hardware address, as `ip link` writes it. */
+  readonly hardware: string;
+  readonly carrierChanges: number | null;
 }
 
 export interface Store {
@@ -28,6 +34,9 @@ export interface Store {
   repairClaims(files: readonly StateFile[]): void;
   readTable(): TableRecord | undefined;
   writeTable(record: TableRecord | undefined): void;
+  /** By device; empty when there is no record, or none that can be read. */
+  readLinks(): ReadonlyMap<string, LinkRecord>;
+  writeLinks(records: ReadonlyMap<string, LinkRecord>): void;
   /** Deletes all state but the lock. */
   removeAll(): void;
 }
@@ -51,6 +60,7 @@ export interface Host {
   readonly links: Links;
   readonly conntrack: Conntrack;
   readonly announcer: Announcer;
+  readonly prober: Prober;
   readonly store: Store;
   readonly domains: Domains;
   readonly processes: Processes;

@@ -1,15 +1,17 @@
 /** What kvm-ib knows (`list`) and how the kernel differs from it (`status`). Neither changes anything. */
 import type { Ipv4 } from '../core/address.ts';
-import { rangeContains } from '../core/address.ts';
+import { resolveMapping } from '../core/config.ts';
 import type { KvmIbError } from '../core/errors.ts';
-import type { Mapping } from '../core/mapping.ts';
+import { toKvmIbError } from '../core/errors.ts';
+import type { Config, Mapping, Owner } from '../core/mapping.ts';
 import { isOurLabel, ownerName } from '../core/mapping.ts';
 import type { Change, Observed } from '../core/plan.ts';
 import { plan } from '../core/plan.ts';
 import { mappingsOf } from '../core/state.ts';
+import type { ObservedTable } from '../nat/engine.ts';
 import type { Host } from './host.ts';
 import type { HostView } from './observe.ts';
-import { observeHost, ownAddressInRange } from './observe.ts';
+import { hasAddress, observeHost, ownAddressInRange } from './observe.ts';
 import type { Intent } from './reconcile.ts';
 import { goalOf, readIntent, tableDifferences } from './reconcile.ts';
 
@@ -56,10 +58,37 @@ export interface Drift {
   readonly fix: string;
 }
 
+/**
+ * A mapping that was made under an older configuration and goes on as it is. No drift: kernel and files agree, and it
+ * works whole.
+ */
+export interface Outdated {
+  readonly owner: string;
+  readonly vm: number | null;
+  readonly nic: number | null;
+  readonly network: string;
+  readonly guest: string;
+  readonly address: string;
+  readonly device: string;
+  readonly bridge: string;
+  /** What the configuration gives now; null: nothing. */
+  readonly now: {
+    readonly network: string;
+    readonly address: string;
+    readonly device: string;
+    readonly bridge: string;
+  } | null;
+  /** Why it gives nothing; null when it gives something. */
+  readonly why: string | null;
+  readonly ends: string;
+}
+
 export interface Status {
   readonly ok: boolean;
   readonly mappings: number;
   readonly drift: readonly Drift[];
+  /** Mappings that differ from what the configuration gives now, and when that ends. They are no drift. */
+  readonly outdated: readonly Outdated[];
   /** What keeps the answer from being complete: libvirt silent, … */
   readonly warnings: readonly string[];
 }
@@ -67,26 +96,68 @@ export interface Status {
 const RECONCILE = 'kvm-ib reconcile';
 
 /** Compares files, configuration and kernel. */
-export function status(host: Host): Promise<Status> {
+export async function status(host: Host): Promise<Status> {
+  return (await inspect(host)).status;
+}
+
+/** `status`, and what was seen of the table on the way. */
+export function inspect(host: Host): Promise<{ readonly status: Status; readonly table: ObservedTable }> {
   return host.withLock('status', async () => {
     const intent = await readIntent(host);
-    const view = await observeHost(host);
+    const standing = intent.entries.flatMap((entry) => mappingsOf(entry.file));
+    const view = await observeHost(host, standing, intent.unreadable.length > 0);
     const goal = goalOf(host, intent, view);
     const drift = [
       ...fileDrift(intent),
       ...intent.conflicts.map((error) => errorDrift(null, 'file', error)),
       ...tableDifferences(view).map(tableDrift),
       ...linkDrift(host, view),
-      ...goal.hindered.map(({ mapping, error }) =>
-        errorDrift(mapping, error.code === 'out-of-range' ? 'file' : 'alias', error),
-      ),
+      ...goal.hindered.map(({ mapping, error }) => errorDrift(mapping, 'alias', error)),
       ...plan(goal, view.observed).flatMap((change) => changeDrift(change, view.observed)),
-      ...orphanAliases(host, intent, view),
+      ...orphanAliases(intent, view),
     ];
     const kept = intent.entries.filter((entry) => entry.verdict === 'keep');
     const mappings = kept.flatMap((entry) => entry.file.mappings).length;
-    return { ok: drift.length === 0, mappings, drift, warnings: intent.warnings };
+    const outdated = kept.flatMap(({ file }) =>
+      file.mappings.flatMap((m) => outdatedOf(host.config, file.owner, m) ?? []),
+    );
+    const found = { ok: drift.length === 0, mappings, drift, outdated, warnings: intent.warnings };
+    return { status: found, table: view.table };
   });
+}
+
+/** What the configuration would make of this mapping; undefined: the same. */
+function outdatedOf(config: Config, owner: Owner, mapping: Mapping): Outdated | undefined {
+  const { network, device, bridge, guest, address, mac, vm, nic } = mapping;
+  // One that does not say where its address came from is taken to have been named.
+  const wished = mapping.named === false ? undefined : address;
+  // A VM's NIC stays on its bridge; a mapping by hand goes where the address is.
+  const wish = { guest, address: wished, mac, vm, nic, ...(vm === null ? {} : { bridge }) };
+  const of = { owner: ownerName(owner), vm, nic, network, guest, address, device, bridge };
+  try {
+    const now = resolveMapping(config, wish);
+    if (now.address === address && now.device === device && now.bridge === bridge) return undefined;
+    const { network: name, ...rest } = now;
+    const given = { network: name, address: rest.address, device: rest.device, bridge: rest.bridge };
+    return { ...of, now: given, why: null, ends: endOf(owner, mapping, true) };
+  } catch (cause) {
+    const { why, message } = toKvmIbError(cause);
+    return { ...of, now: null, why: why ?? message, ends: endOf(owner, mapping, false) };
+  }
+}
+
+function endOf(owner: Owner, { guest, address, nic, mac, named }: Mapping, isGiven: boolean): string {
+  if (owner.kind === 'static') return `at the next \`${RECONCILE}\``;
+  const remove = `kvm-ib remove --guest ${guest}`;
+  const options = [
+    `--guest ${guest}`,
+    ...(named === false ? [] : [`--address ${address}`]),
+    ...(mac === null ? [] : [`--mac ${mac}`]),
+  ].join(' ');
+  if (owner.kind === 'manual') return `by \`${isGiven ? `${remove} && kvm-ib add ${options}` : remove}\``;
+  if (!isGiven) return `when VM ${owner.vm} ends, or by \`${remove}\`, which cuts it off`;
+  const add = `kvm-ib add --vm ${owner.vm} --nic ${nic} ${options}`;
+  return `at the next reboot, reset or power cycle of VM ${owner.vm}, or by \`${add}\`, which breaks its connections`;
 }
 
 /** What reconcile cannot bring right by itself. */
@@ -140,29 +211,26 @@ function fileDrift(intent: Intent): readonly Drift[] {
 }
 
 function linkDrift(host: Host, view: HostView): readonly Drift[] {
-  return host.config.networks.flatMap((network): Drift[] => {
-    const seen = view.observed.bridges.find((b) => b.bridge === network.bridge);
+  const links = (of: 'device' | 'bridge') => new Set(view.spec.networks.map((network) => network[of]));
+  const gone = (what: string, fix: string): Drift => {
+    return { guest: null, address: null, part: 'mtu', expected: `${what} with its MTU`, observed: 'absent', fix };
+  };
+  const missing = [
+    ...[...links('device')]
+      .filter((name) => view.absent.has(name))
+      .map((name) => gone(`link ${name}`, `ip link show ${name}`)),
+    ...[...links('bridge')]
+      .filter((name) => view.absent.has(name))
+      .map((name) => gone(`bridge ${name}`, 'virsh net-list --all')),
+  ];
+  const own = host.config.networks.flatMap((network): Drift[] => {
     const own = ownAddressInRange(network, view.spec.hostAddresses.get(network.name) ?? []);
-    const gone = (what: string, fix: string): Drift => {
-      return { guest: null, address: null, part: 'mtu', expected: `${what} with its MTU`, observed: 'absent', fix };
-    };
-    return [
-      ...(seen?.deviceMtu === null ? [gone(`link ${network.device}`, `ip link show ${network.device}`)] : []),
-      ...(seen?.bridgeMtu === null ? [gone(`bridge ${network.bridge}`, 'virsh net-list --all')] : []),
-      ...(own
-        ? [
-            {
-              guest: null,
-              address: null,
-              part: 'alias' as const,
-              expected: 'no address of the host in the IB range',
-              observed: own.why ?? '',
-              fix: own.fix ?? '',
-            },
-          ]
-        : []),
-    ];
+    if (own === undefined) return [];
+    const { why = '', fix = '' } = own;
+    const expected = 'no address of the host in the IB range';
+    return [{ guest: null, address: null, part: 'alias', expected, observed: why, fix }];
   });
+  return [...missing, ...own];
 }
 
 function changeDrift(change: Change, observed: Observed): readonly Drift[] {
@@ -235,13 +303,13 @@ function pairDrift(change: Extract<Change, { kind: 'change-pairs' }>, observed: 
 }
 
 /** Aliases that look like ours but that no file knows: reported, never removed, since the label alone proves nothing. */
-function orphanAliases(host: Host, intent: Intent, view: HostView): readonly Drift[] {
+function orphanAliases(intent: Intent, view: HostView): readonly Drift[] {
   const known = new Set(intent.entries.flatMap(({ file }) => mappingsOf(file).map((m) => m.address)));
   const unread = intent.unreadable.length > 0;
   return view.addresses.flatMap((entry): Drift[] => {
-    const network = host.config.networks.find((n) => n.device === entry.device);
-    if (network === undefined || known.has(entry.address)) return [];
-    if (!isOurLabel(network.device, entry.label) || !rangeContains(network.addresses, entry.address)) return [];
+    if (known.has(entry.address) || !isOurLabel(entry.device, entry.label)) return [];
+    const isOnOurs = view.spec.networks.some((n) => n.device === entry.device && hasAddress(n, entry.address));
+    if (!isOnOurs) return [];
     return [
       {
         guest: null,

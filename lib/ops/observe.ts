@@ -2,10 +2,12 @@
 import type { Ipv4, LinkName, Mac } from '../core/address.ts';
 import { rangeContains } from '../core/address.ts';
 import { KvmIbError } from '../core/errors.ts';
-import type { Config, Mapping, Network } from '../core/mapping.ts';
+import type { Config, Mapping, Network, ServedNetwork } from '../core/mapping.ts';
 import { isOurLabel } from '../core/mapping.ts';
 import type { Observed, ObservedAlias, ObservedBridge } from '../core/plan.ts';
 import { elementComment } from '../core/plan.ts';
+import type { TableRecord } from '../core/served.ts';
+import { networkOfLinks, networksText, servedNetworks, serves } from '../core/served.ts';
 import type { InetAddress } from '../link/ports.ts';
 import type { ObservedPairs, ObservedTable, Pair, TableSpec } from '../nat/engine.ts';
 import type { Host } from './host.ts';
@@ -152,26 +154,67 @@ function noDevice(device: LinkName): KvmIbError {
 /** Everything of ours in the kernel, and the addresses that are not. */
 export interface HostView {
   readonly table: ObservedTable;
+  /** What the table is held against. */
   readonly spec: TableSpec;
+  /** Devices and bridges that are not there. */
+  readonly absent: ReadonlySet<string>;
   readonly observed: Observed;
   /** Every IPv4 address of the host. */
   readonly addresses: readonly InetAddress[];
 }
 
-export async function observeHost(host: Host): Promise<HostView> {
+/**
+ * @param mappings all that stand, or are wished
+ * @param keep true: not all of them are known
+ */
+export async function observeHost(host: Host, mappings: readonly Mapping[], keep: boolean): Promise<HostView> {
   const addresses = await host.links.addresses();
-  const spec = tableSpec(host.config, addresses);
+  const record = host.store.readTable();
+  const needed = neededSpec(host, mappings, addresses, keep);
+  // What it serves beyond the need is no fault of it: the last mapping of an older configuration has just ended.
+  const isEnough =
+    record !== undefined && isLoadedFor(record, host.config, mappings) && sameHostAddresses(record, needed);
+  const spec = isEnough ? record : needed;
   const table = await host.nat.list(spec);
   const bridges: ObservedBridge[] = [];
-  for (const network of host.config.networks) bridges.push(await observeBridge(host, network.bridge, network.device));
-  return { table, spec, observed: { ...table, aliases: aliasesIn(addresses), bridges }, addresses };
+  const absent = new Set<string>();
+  for (const { bridge, device } of spec.networks) {
+    const seen = await observeBridge(host, bridge, device);
+    if (seen.bridgeMtu === null) absent.add(bridge);
+    if (seen.deviceMtu === null) absent.add(device);
+    // A bridge that two networks share for a while follows the link of the configuration, which is named first.
+    if (!bridges.some((known) => known.bridge === bridge)) bridges.push(seen);
+  }
+  return { table, spec, absent, observed: { ...table, aliases: aliasesIn(addresses), bridges }, addresses };
+}
+
+/** What the table must serve: the configuration, and what mappings of an older one need besides. */
+export function neededSpec(
+  host: Pick<Host, 'config' | 'store'>,
+  mappings: readonly Mapping[],
+  addresses: readonly InetAddress[],
+  keep: boolean,
+): TableSpec {
+  const loaded = host.store.readTable()?.networks ?? [];
+  return tableSpec(servedNetworks(host.config.networks, mappings, loaded, keep), addresses);
+}
+
+/** Whether the table was loaded for this configuration, and carries these mappings. */
+export function isLoadedFor(record: TableRecord, config: Config, mappings: readonly Mapping[]): boolean {
+  return record.configured === networksText(config.networks) && mappings.every((m) => serves(record.networks, m));
+}
+
+/** By device, since a network of an older configuration may have had another name. */
+function sameHostAddresses(record: TableSpec, needed: TableSpec): boolean {
+  const known = new Map(record.networks.map(({ device, name }) => [device, record.hostAddresses.get(name)?.join()]));
+  return needed.networks.every(({ device, name }) => known.get(device) === needed.hostAddresses.get(name)?.join());
 }
 
 /**
  * What keeps a wanted mapping from being made on this host; undefined: nothing.
  * @param strangers addresses of this host that are no aliases of ours, see `strangersOf`
- * @returns `out-of-range` when the configuration has changed under it, `host-lacks` without its link, `conflict` when the
- *   host's own address lies in the range or somebody else has its IB address
+ * @returns `host-lacks` without its link, `conflict` when the host's own address lies in the range or somebody else has
+ *   its IB address
  */
 export function hindranceOf(
   config: Config,
@@ -179,18 +222,11 @@ export function hindranceOf(
   view: HostView,
   strangers: ReadonlyMap<Ipv4, InetAddress>,
 ): KvmIbError | undefined {
-  const { device, bridge, guest, address } = mapping;
-  const network = config.networks.find((n) => n.device === device && n.bridge === bridge);
-  if (network === undefined || !rangeContains(network.guests, guest) || !rangeContains(network.addresses, address)) {
-    return new KvmIbError('out-of-range', `Cannot serve ${guest} <-> ${address}`, {
-      why: `no network of the configuration has ${guest} on ${bridge} and ${address} on ${device} any more`,
-      fix: `put the network back into the configuration, or take the mapping away: kvm-ib remove --guest ${guest}`,
-    });
-  }
-  const own = ownAddressInRange(network, view.spec.hostAddresses.get(network.name) ?? []);
+  const { device, address } = mapping;
+  const network = networkOfLinks(config.networks, mapping);
+  const own = network && ownAddressInRange(network, view.spec.hostAddresses.get(network.name) ?? []);
   if (own !== undefined) return own;
-  const seen = view.observed.bridges.find((b) => b.device === device);
-  if (seen?.deviceMtu === null) return noDevice(device);
+  if (view.absent.has(device)) return noDevice(device);
   const stranger = strangers.get(address);
   return stranger === undefined ? undefined : foreignAlias(address, stranger);
 }
@@ -207,15 +243,20 @@ export function strangersOf(
   return new Map(strangers.map((entry) => [entry.address, entry]));
 }
 
-/** What the rule set depends on: the configuration, and the host's own addresses on each IPoIB link. */
-export function tableSpec(config: Config, addresses: readonly InetAddress[]): TableSpec {
-  const own = (network: Network): readonly Ipv4[] =>
+/** What the rule set depends on: the networks, and the host's own addresses on each IPoIB link. */
+export function tableSpec(networks: readonly ServedNetwork[], addresses: readonly InetAddress[]): TableSpec {
+  const own = (network: ServedNetwork): readonly Ipv4[] =>
     addresses
       .filter((entry) => entry.device === network.device && !isOurLabel(network.device, entry.label))
       // Somebody's labelled alias in the IB range is in the way of that one address, not the host's own.
-      .filter((entry) => entry.label === network.device || !rangeContains(network.addresses, entry.address))
+      .filter((entry) => entry.label === network.device || !hasAddress(network, entry.address))
       .map((entry) => entry.address);
-  return { networks: config.networks, hostAddresses: new Map(config.networks.map((n) => [n.name, own(n)])) };
+  return { networks, hostAddresses: new Map(networks.map((n) => [n.name, own(n)])) };
+}
+
+/** Whether an IB address is one of the network's. */
+export function hasAddress(network: ServedNetwork, address: Ipv4): boolean {
+  return network.addresses.some((range) => rangeContains(range, address));
 }
 
 /**

@@ -5,9 +5,10 @@ import type { Ipv4 } from '../core/address.ts';
 import type { ErrorCode } from '../core/errors.ts';
 import { toKvmIbError } from '../core/errors.ts';
 import type { Config } from '../core/mapping.ts';
+import type { Count, ObservedTable, Traffic } from '../nat/engine.ts';
 import type { Host } from './host.ts';
-import type { Drift } from './inspect.ts';
-import { list, status } from './inspect.ts';
+import type { Status } from './inspect.ts';
+import { inspect, list } from './inspect.ts';
 import type { ReconcileResult } from './reconcile.ts';
 import { reconcile } from './reconcile.ts';
 
@@ -16,7 +17,11 @@ export interface VmReport {
   /** The worst of its mappings. */
   readonly state: 'ok' | 'drift' | 'pending' | 'removing';
   readonly drift: number;
+  /** How many of its mappings are of an older configuration. */
+  readonly outdated: number;
   readonly addresses: readonly string[];
+  /** All its mappings together, since each was made; null: not counted here. */
+  readonly traffic: Traffic | null;
 }
 
 export interface StatusReport {
@@ -26,6 +31,8 @@ export interface StatusReport {
   readonly error: ErrorCode | null;
   /** Differences that are left; null when reconcile could not look. */
   readonly drift: number | null;
+  /** Mappings of an older configuration; null as above. */
+  readonly outdated: number | null;
   readonly config: Config;
   /** Tag of the rule set in the kernel; null when the table is absent or not known. */
   readonly ruleset: string | null;
@@ -54,35 +61,48 @@ export async function reconcileAndPublish(
   } catch (cause) {
     const error = toKvmIbError(cause);
     if (error.code !== 'lock-not-obtained') {
-      sink.write({ time: host.now(), error: error.code, drift: null, config: host.config, ruleset: null, vms: [] });
+      sink.write({ time: host.now(), error: error.code, ...NOTHING_SEEN, config: host.config });
     }
     throw cause;
   }
 }
 
+const NOTHING_SEEN = { drift: null, outdated: null, ruleset: null, vms: [] } as const;
+
 async function report(host: Host): Promise<StatusReport> {
-  const { drift } = await status(host);
-  const { tag } = await host.nat.lookup([]);
+  const { status, table } = await inspect(host);
   return {
     time: host.now(),
     error: null,
-    drift: drift.length,
+    drift: status.drift.length,
+    outdated: status.outdated.length,
     config: host.config,
-    ruleset: tag,
-    vms: vmReports(host, drift),
+    ruleset: table.tag,
+    vms: vmReports(host, status, table.traffic),
   };
 }
 
-function vmReports(host: Host, drift: readonly Drift[]): readonly VmReport[] {
-  const byVm = new Map<number, { state: 'active' | 'pending' | 'removing'; guests: string[]; addresses: Ipv4[] }>();
+function vmReports(host: Host, { drift, outdated }: Status, traffic: ObservedTable['traffic']): readonly VmReport[] {
+  const byVm = new Map<number, { state: 'active' | 'pending' | 'removing'; guests: Ipv4[]; addresses: Ipv4[] }>();
   for (const { vm, guest, address, state } of list(host).entries) {
     if (vm === null) continue;
     const known = byVm.get(vm) ?? { state, guests: [], addresses: [] };
-    byVm.set(vm, { state, guests: [...known.guests, guest], addresses: [...known.addresses, address as Ipv4] });
+    const guests = [...known.guests, guest as Ipv4];
+    byVm.set(vm, { state, guests, addresses: [...known.addresses, address as Ipv4] });
   }
   return [...byVm].map(([vm, { state, guests, addresses }]) => {
-    const own = drift.filter((d) => guests.includes(d.guest ?? '') || addresses.includes((d.address ?? '') as Ipv4));
+    const own = drift.filter(
+      (d) => guests.includes((d.guest ?? '') as Ipv4) || addresses.includes((d.address ?? '') as Ipv4),
+    );
     const worst = state !== 'active' ? state : own.length > 0 ? 'drift' : 'ok';
-    return { vm, state: worst, drift: own.length, addresses };
+    const old = outdated.filter((mapping) => mapping.vm === vm).length;
+    const counted = guests.flatMap((guest) => traffic.get(guest) ?? []);
+    return { vm, state: worst, drift: own.length, outdated: old, addresses, traffic: sum(counted) };
   });
+}
+
+function sum(all: readonly Traffic[]): Traffic | null {
+  if (all.length === 0) return null;
+  const add = (a: Count, b: Count): Count => ({ packets: a.packets + b.packets, bytes: a.bytes + b.bytes });
+  return all.reduce((a, b) => ({ sent: add(a.sent, b.sent), received: add(a.received, b.received) }));
 }

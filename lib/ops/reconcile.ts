@@ -3,20 +3,26 @@
  * crashed, or whose host was lost. It runs at boot, after a firewall reload and on a timer.
  */
 import type { Ipv4, LinkName, Mac } from '../core/address.ts';
-import { rangeContains } from '../core/address.ts';
 import { resolveMapping } from '../core/config.ts';
 import { KvmIbError, toKvmIbError } from '../core/errors.ts';
 import type { Mapping, Owner } from '../core/mapping.ts';
 import { domainName, isOurLabel, ownerName, sameMapping } from '../core/mapping.ts';
 import type { Change, Desired, Observed } from '../core/plan.ts';
 import { plan } from '../core/plan.ts';
+import { networksText, printTableRecord } from '../core/served.ts';
 import type { StateFile, Verdict } from '../core/state.ts';
 import { isOfBoot, mappingsOf, verdictOf, wishOfDomain } from '../core/state.ts';
+import type { RepeatItem } from '../link/ports.ts';
 import type { TableSpec } from '../nat/engine.ts';
-import { apply } from './apply.ts';
+import { rulesetTag } from '../nat/ruleset.ts';
+import type { Announced } from './announce.ts';
+import { againOn, announceAgain, seenLinks, standing as standingAliases } from './announce.ts';
+import { apply, repeatLater } from './apply.ts';
 import type { Host } from './host.ts';
 import type { HostView } from './observe.ts';
-import { hindranceOf, observeHost, ownAddressInRange, strangersOf } from './observe.ts';
+import { hasAddress, hindranceOf, neededSpec, observeHost, ownAddressInRange, strangersOf } from './observe.ts';
+import type { Probing } from './probe.ts';
+import { createProbing, takenBy } from './probe.ts';
 import { activeFile, loadTable, removing, stateFile } from './sync.ts';
 
 export interface ReconcileResult {
@@ -32,6 +38,8 @@ export interface ReconcileResult {
   /** What could not be brought right. The rest was. */
   readonly errors: readonly KvmIbError[];
   readonly flushed: number;
+  /** Aliases that were announced again because their link changed, or with `dryRun` would be. */
+  readonly announced: readonly Announced[];
 }
 
 /** One owner, and what is to become of its mappings. */
@@ -163,7 +171,8 @@ export interface Goal extends Desired {
   readonly untouched: ReadonlySet<string>;
 }
 
-export function goalOf(host: Host, intent: Intent, view: HostView): Goal {
+/** @param probing what the fabric answered for addresses that are not on their link yet; without it nobody was asked */
+export function goalOf(host: Host, intent: Intent, view: HostView, probing?: Pick<Probing, 'conflictOf'>): Goal {
   const of = (verdict: Verdict): readonly StateFile[] =>
     intent.entries.filter((entry) => entry.verdict === verdict).map((entry) => entry.file);
   const kept = of('keep').flatMap((file) => file.mappings);
@@ -172,7 +181,7 @@ export function goalOf(host: Host, intent: Intent, view: HostView): Goal {
     intent.entries.flatMap((entry) => mappingsOf(entry.file)),
   );
   const hindered = kept.flatMap((mapping) => {
-    const error = hindranceOf(host.config, mapping, view, strangers);
+    const error = hindranceOf(host.config, mapping, view, strangers) ?? probing?.conflictOf(mapping.address);
     return error === undefined ? [] : [{ mapping, error }];
   });
   const untouched = new Set<string>(
@@ -189,8 +198,8 @@ export function goalOf(host: Host, intent: Intent, view: HostView): Goal {
     ...of('keep').flatMap((file) => mappingsOf(file).filter((m) => !file.mappings.includes(m))),
   ].filter(isFree);
   // What a file that cannot be read has put there is not known, so nothing unknown goes.
-  const standing = new Set([...untouched, ...orphaned(host, view, [...kept, ...release])]);
-  const strays = intent.unreadable.length > 0 ? [] : strayElements(host, kept, release, standing, view.observed);
+  const standing = new Set([...untouched, ...orphaned(view, [...kept, ...release])]);
+  const strays = intent.unreadable.length > 0 ? [] : strayElements(view.spec, kept, release, standing, view.observed);
   return { want, release: [...release, ...strays], hindered, untouched };
 }
 
@@ -198,10 +207,10 @@ export function goalOf(host: Host, intent: Intent, view: HostView): Goal {
  * Guest and IB addresses of pairs that no file knows but whose alias stands, as after the state was lost. The alias is not
  * ours to remove without a file, and without its pair the host itself would answer at the guest's address.
  */
-function orphaned(host: Host, view: HostView, mappings: readonly Mapping[]): readonly string[] {
+function orphaned(view: HostView, mappings: readonly Mapping[]): readonly string[] {
   const known = new Set(mappings.map((m) => m.address));
   return view.addresses.flatMap(({ device, address, label }) => {
-    const isOurs = host.config.networks.some((n) => n.device === device) && isOurLabel(device, label);
+    const isOurs = view.spec.networks.some((n) => n.device === device) && isOurLabel(device, label);
     const guest = view.observed.ibToGuest.get(address);
     return isOurs && guest !== undefined && !known.has(address) ? [guest, address] : [];
   });
@@ -209,7 +218,7 @@ function orphaned(host: Host, view: HostView, mappings: readonly Mapping[]): rea
 
 /** Elements in our table that no file knows. The table is ours alone, so they go. */
 function strayElements(
-  host: Host,
+  spec: TableSpec,
   kept: readonly Mapping[],
   release: readonly Mapping[],
   untouched: ReadonlySet<string>,
@@ -218,7 +227,7 @@ function strayElements(
   const known = new Set<string>([...untouched, ...[...kept, ...release].flatMap((m) => [m.guest, m.address])]);
   const byGuest = new Map(kept.map((m) => [m.guest, m]));
   const stray = (guest: Ipv4, address: Ipv4, mac: Mac | null): Mapping => {
-    const network = host.config.networks.find((n) => rangeContains(n.addresses, address));
+    const network = spec.networks.find((n) => hasAddress(n, address));
     return {
       network: network?.name ?? '',
       device: network?.device ?? ('lo' as LinkName),
@@ -253,7 +262,9 @@ export function reconcile(host: Host, options: { readonly dryRun?: boolean } = {
 
 async function reconcileLocked(host: Host, dryRun: boolean): Promise<ReconcileResult> {
   const intent = await readIntent(host);
-  let view = await observeHost(host);
+  const standing = intent.entries.flatMap((e) => mappingsOf(e.file));
+  const keep = intent.unreadable.length > 0;
+  let view = await observeHost(host, standing, keep);
   const table = tableDifferences(view);
   const record = host.store.readTable();
   if (table.length === 0 && record === undefined) table.push('it is not known what it was loaded for');
@@ -264,10 +275,15 @@ async function reconcileLocked(host: Host, dryRun: boolean): Promise<ReconcileRe
       .filter((e) => e.verdict !== 'release' && isOfBoot(e.file, bootId))
       .flatMap((e) => e.file.mappings);
     flushed += await loadTable(host, view.spec, mappings, view.table);
-    view = await observeHost(host);
+    view = await observeHost(host, standing, keep);
   }
-  const goal = goalOf(host, intent, view);
-  const changes = plan(goal, view.observed);
+  const links = await seenLinks(host);
+  const { goal, changes, probing } = await probedGoal(host, intent, view);
+  const aliases = standingAliases(
+    intent.entries.filter((e) => e.verdict !== 'release').flatMap((e) => e.file.mappings),
+    view.addresses,
+  );
+  const announced = againOn(links, aliases);
   const releases = intent.entries.filter((entry) => entry.verdict === 'release');
   const errors = [...intent.conflicts, ...ownAddresses(host, view.spec)];
   const warnings = [...intent.warnings];
@@ -283,13 +299,22 @@ async function reconcileLocked(host: Host, dryRun: boolean): Promise<ReconcileRe
     .filter((entry) => entry.verdict === 'leave')
     .map((entry) => ({ owner: ownerName(entry.file.owner), why: entry.why }));
   const name = (entry: Entry): string => ownerName(entry.file.owner);
-  if (dryRun) return { changes, table, released: releases.map(name), left, warnings, errors, flushed };
+  if (dryRun && table.length === 0) {
+    const staying = intent.entries.filter((e) => e.verdict !== 'release').flatMap((e) => mappingsOf(e.file));
+    if (isSpare(view.spec, neededSpec(host, staying, view.addresses, keep))) table.push(SPARE);
+  }
+  if (dryRun) {
+    warnings.push(...probing.warnings(new Set()));
+    return { changes, table, released: releases.map(name), left, warnings, errors, flushed, announced };
+  }
 
   for (const { file, stored, verdict } of intent.entries) {
     if (verdict === 'release' && file.phase.name !== 'removing') host.store.write(removing(host, file));
     if (verdict === 'keep' && file !== stored) host.store.write(file);
   }
-  const outcome = await applyResiliently(host, goal, changes, view.observed);
+  const outcome = await applyResiliently(host, goal, changes, view.observed, async () => {
+    return (await observeHost(host, standing, keep)).observed;
+  });
   const isDone = ({ file }: Entry): boolean =>
     !mappingsOf(file).some((m) =>
       [m.guest, m.address].some((key) => outcome.failed.has(key) || goal.untouched.has(key)),
@@ -310,19 +335,61 @@ async function reconcileLocked(host: Host, dryRun: boolean): Promise<ReconcileRe
       finish(() => host.store.write(activeFile(host, file.owner, file.mappings, file.detachedAliases)));
     }
   }
-  if (table.length === 0 && record !== undefined && !sameAddresses(record.hostAddresses, view.spec.hostAddresses)) {
-    finish(() => host.store.writeTable({ hostAddresses: view.spec.hostAddresses }));
+  const loadedFor = { ...view.spec, configured: networksText(host.config.networks) };
+  if (table.length === 0 && record !== undefined && printTableRecord(record) !== printTableRecord(loadedFor)) {
+    finish(() => host.store.writeTable(loadedFor));
   }
-  if (intent.unreadable.length === 0) finish(() => host.store.repairClaims(host.store.all().files));
+  const { files } = host.store.all();
+  if (!keep) finish(() => host.store.repairClaims(files));
+  const remaining = files.flatMap(mappingsOf);
+  const needed = neededSpec(host, remaining, view.addresses, keep);
+  if (isSpare(view.spec, needed)) {
+    try {
+      const held = files.flatMap((file) => file.mappings);
+      flushed += await loadTable(host, needed, held, (await observeHost(host, remaining, keep)).table);
+      table.push(SPARE);
+    } catch (error) {
+      errors.push(toKvmIbError(error, 'Cannot take what has ended out of the table'));
+    }
+  }
+  try {
+    warnings.push(...(await announceAgain(host, links, announced, aliases)));
+  } catch (error) {
+    errors.push(toKvmIbError(error, 'Cannot write the state'));
+  }
   return {
     changes,
     table,
     released: releases.filter(isDone).map(name),
     left,
-    warnings: [...warnings, ...outcome.warnings],
+    warnings: [...warnings, ...probing.warnings(outcome.unannounced), ...outcome.warnings],
     errors: [...errors, ...outcome.errors],
     flushed: flushed + outcome.flushed,
+    announced,
   };
+}
+
+/** The goal and its plan, after the fabric was asked for every address that would be taken: one that answers is left alone. */
+async function probedGoal(
+  host: Host,
+  intent: Intent,
+  view: HostView,
+): Promise<{ readonly goal: Goal; readonly changes: readonly Change[]; readonly probing: Probing }> {
+  const probing = createProbing(host);
+  const goal = goalOf(host, intent, view);
+  const changes = plan(goal, view.observed);
+  const taken = takenBy(changes);
+  await probing.ask(taken);
+  if (!taken.some(({ address }) => probing.conflictOf(address) !== undefined)) return { goal, changes, probing };
+  const rest = goalOf(host, intent, view, probing);
+  return { goal: rest, changes: plan(rest, view.observed), probing };
+}
+
+/** Why the table is loaded anew although it is as it was loaded. */
+const SPARE = 'it serves what only mappings of an older configuration needed, and they have ended';
+
+function isSpare(loaded: TableSpec, needed: TableSpec): boolean {
+  return rulesetTag(loaded) !== rulesetTag(needed);
 }
 
 /** Why the table must be loaded anew. */
@@ -335,15 +402,12 @@ function ownAddresses(host: Host, spec: TableSpec): readonly KvmIbError[] {
   return host.config.networks.flatMap((n) => ownAddressInRange(n, spec.hostAddresses.get(n.name) ?? []) ?? []);
 }
 
-function sameAddresses(a: TableSpec['hostAddresses'], b: TableSpec['hostAddresses']): boolean {
-  return a.size === b.size && [...a].every(([name, list]) => list.join() === b.get(name)?.join());
-}
-
 interface ResilientOutcome {
   /** Guest and IB addresses of mappings that were not brought right. */
   readonly failed: ReadonlySet<string>;
   readonly flushed: number;
   readonly warnings: readonly string[];
+  readonly unannounced: ReadonlySet<string>;
   readonly errors: readonly KvmIbError[];
 }
 
@@ -353,6 +417,7 @@ async function applyResiliently(
   goal: Desired,
   changes: readonly Change[],
   observed: Observed,
+  look: () => Promise<Observed>,
 ): Promise<ResilientOutcome> {
   try {
     return { failed: new Set(), errors: [], ...(await apply(host, changes)) };
@@ -360,27 +425,33 @@ async function applyResiliently(
     // Half of it is in the kernel, so what was observed is not so any more; the next reconcile sees.
     if (error instanceof KvmIbError && error.code === 'reversal-failed') {
       const all = [...goal.want, ...goal.release].flatMap((m) => [m.guest, m.address]);
-      return { failed: new Set(all), flushed: 0, warnings: [], errors: [error] };
+      return { failed: new Set(all), flushed: 0, warnings: [], unannounced: new Set(), errors: [error] };
     }
   }
   const failed = new Set<string>();
   const errors: KvmIbError[] = [];
   const warnings: string[] = [];
+  const unannounced = new Set<string>();
   const touched = new Set<string>();
+  // One process repeats all announcements, not one for each mapping.
+  const later: RepeatItem[] = [];
+  const repeat = async (items: readonly RepeatItem[]): Promise<undefined> => void later.push(...items);
+  const collecting = { ...host, announcer: { ...host.announcer, repeat } };
   let flushed = 0;
   let seen = observed;
   const attempt = async (part: Desired, bridges: Observed['bridges']): Promise<void> => {
     const keys = [...part.want, ...part.release].flatMap((m) => [m.guest, m.address]);
     try {
       if (keys.some((key) => touched.has(key))) {
-        seen = (await observeHost(host)).observed;
+        seen = await look();
         touched.clear();
       }
       const steps = plan(part, { ...seen, bridges });
       for (const key of steps.flatMap(addressesOf)) touched.add(key);
-      const applied = await apply(host, steps);
+      const applied = await apply(collecting, steps);
       flushed += applied.flushed;
       warnings.push(...applied.warnings);
+      for (const address of applied.unannounced) unannounced.add(address);
     } catch (error) {
       errors.push(toKvmIbError(error));
       for (const key of keys) failed.add(key);
@@ -395,7 +466,8 @@ async function applyResiliently(
     const inItsWay = goal.release.filter((old) => old.guest === m.guest || old.address === m.address);
     await attempt({ want: [m], release: inItsWay }, []);
   }
-  return { failed, flushed, warnings, errors };
+  warnings.push(...(await repeatLater(host, later)));
+  return { failed, flushed, warnings, unannounced, errors };
 }
 
 function addressesOf(change: Change): readonly Ipv4[] {

@@ -8,13 +8,24 @@ import type { Mapping, Owner } from '../core/mapping.ts';
 import { domainName, ownerName, sameMapping } from '../core/mapping.ts';
 import type { Change } from '../core/plan.ts';
 import { plan } from '../core/plan.ts';
-import type { Holder, Phase, StateFile } from '../core/state.ts';
+import { networkOfLinks, networksText } from '../core/served.ts';
+import type { DomainState, Holder, Phase, StateFile } from '../core/state.ts';
 import { mappingsOf, STATE_VERSION, wishOfDomain } from '../core/state.ts';
 import type { ObservedPairs, TableSpec } from '../nat/engine.ts';
 import { rulesetTag } from '../nat/ruleset.ts';
 import { apply, reversalFailed } from './apply.ts';
 import type { Host } from './host.ts';
-import { observedPairs, observeMappings, ownAddressInRange, pairOf, refuseMissingLinks, tableSpec } from './observe.ts';
+import {
+  isLoadedFor,
+  neededSpec,
+  observedPairs,
+  observeMappings,
+  ownAddressInRange,
+  pairOf,
+  refuseMissingLinks,
+} from './observe.ts';
+import type { Probing } from './probe.ts';
+import { createProbing, takenBy } from './probe.ts';
 
 export interface SyncRequest {
   readonly owner: Owner;
@@ -27,16 +38,17 @@ export interface SyncRequest {
   /** True: the file stays pending until `commit` or `undo`. */
   readonly pending?: boolean;
   readonly dryRun?: boolean;
-  /** Of a VM whose domain is there: what of the wish it comes to. */
+  /** Hardware addresses of hosts that may still have the addresses, as `ip link` writes them. */
+  readonly except?: readonly string[];
+  /** Of a VM whose domain is there: how that bears on the wish. */
   readonly domain?: DomainView | undefined;
   /** NIC numbers of aliases that are detached by this. */
   readonly detachedAliases?: readonly number[];
 }
 
-/** How the domain of a running VM bears on a wish, see `wishOfDomain`. */
+/** Of the wish for a running VM, what `wishOfDomain` makes of it. */
 export interface DomainView {
-  /** Hardware addresses of its interfaces; undefined: not known. */
-  readonly macs: ReadonlySet<Mac> | undefined;
+  readonly vm: number;
   readonly unmapped: readonly number[];
   readonly attaching: readonly number[];
   /** NICs whose mapping stays as it is, whatever the wish says. */
@@ -51,20 +63,98 @@ export interface SyncResult {
   readonly warnings: readonly string[];
 }
 
+/** Milliseconds. */
+export interface Timings {
+  /** Spent waiting for other hosts to answer; 0: nothing was probed. */
+  readonly probe: number;
+  /** Of all of it, the probe and the wait for the lock included. */
+  readonly total: number;
+}
+
 /** @throws KvmIbError; the kernel and the files are then as they were before, except with `reversal-failed` */
-export function sync(host: Host, request: SyncRequest): Promise<SyncResult> {
-  return host.withLock(`${request.action} ${ownerName(request.owner)}`, () => syncLocked(host, request));
+export async function sync(host: Host, request: SyncRequest): Promise<SyncResult & { readonly timings: Timings }> {
+  const began = performance.now();
+  const probing = createProbing(host, request.except);
+  await probeAhead(host, request.wish, probing);
+  const who = `${request.action} ${ownerName(request.owner)}`;
+  const { domain } = request;
+  const result =
+    domain === undefined
+      ? await host.withLock(who, () => syncLocked(host, request, probing))
+      : await withDomain(host, { kind: 'vm', vm: domain.vm }, request.holder, who, (seen) =>
+          syncLocked(
+            host,
+            { ...request, wish: (prior) => wishFor(request.wish, domain, macsOf(seen), prior) },
+            probing,
+          ),
+        );
+  return { ...result, timings: { probe: probing.spent(), total: performance.now() - began } };
+}
+
+/** Without the lock, so that actions at once do not wait for each other's probes. What is local already is not asked for. */
+async function probeAhead(host: Host, wish: readonly Mapping[], probing: Probing): Promise<void> {
+  const absent: Mapping[] = [];
+  for (const mapping of wish) if (!(await host.links.isLocal(mapping.address))) absent.push(mapping);
+  await probing.ask(absent);
+}
+
+/**
+ * Runs `act` under the host lock with what libvirt says of a VM's domain. libvirt is asked before, so that one that is slow or
+ * hangs holds nobody up. It is asked again if an action came in between and changed the file, or if another action's stock
+ * script may have changed the domain meanwhile.
+ */
+export async function withDomain<T>(
+  host: Host,
+  owner: Extract<Owner, { kind: 'vm' }>,
+  holder: Holder,
+  who: string,
+  act: (domain: DomainState, file: StateFile | undefined) => Promise<T>,
+): Promise<T> {
+  const before = JSON.stringify(host.store.read(owner));
+  const domain = await host.domains.state(owner.vm);
+  return host.withLock(who, async () => {
+    const file = host.store.read(owner);
+    const isOthers = file?.phase.name === 'pending' && pendingBy(file, holder) === undefined;
+    const stands = JSON.stringify(file) === before && !isOthers;
+    return act(stands ? domain : await host.domains.state(owner.vm), file);
+  });
+}
+
+export type PendingFile = StateFile & { readonly phase: Extract<Phase, { name: 'pending' }> };
+
+/** The file, if it is pending and waits for this process. */
+export function pendingBy(file: StateFile | undefined, holder: Holder): PendingFile | undefined {
+  if (!isPending(file)) return undefined;
+  const { pid, start, bootId } = file.phase.holder;
+  return pid === holder.pid && start === holder.start && bootId === holder.bootId ? file : undefined;
+}
+
+export function isPending(file: StateFile | undefined): file is PendingFile {
+  return file?.phase.name === 'pending';
+}
+
+function macsOf(domain: DomainState): ReadonlySet<Mac> | undefined {
+  return domain.kind === 'active' ? domain.macs : undefined;
 }
 
 export function nothingDone(owner: Owner, ...warnings: readonly string[]): SyncResult {
   return { owner: ownerName(owner), changes: [], flushed: 0, warnings };
 }
 
+/** A request whose wish may depend on what the owner has. */
+type LockedRequest = Omit<SyncRequest, 'wish' | 'domain'> & {
+  readonly wish: readonly Mapping[] | ((prior: StateFile | undefined) => readonly Mapping[]);
+};
+
 /** sync for a caller that holds the lock. */
-export async function syncLocked(host: Host, asked: SyncRequest): Promise<SyncResult> {
+export async function syncLocked(
+  host: Host,
+  asked: LockedRequest,
+  probing: Probing = createProbing(host, asked.except),
+): Promise<SyncResult> {
   const { owner } = asked;
   const prior = host.store.read(owner);
-  const wish = wishFor(asked, prior);
+  const wish = typeof asked.wish === 'function' ? asked.wish(prior) : asked.wish;
   const request = { ...asked, wish };
   requireDistinct(wish);
   const before = mappingsOf(prior);
@@ -83,8 +173,11 @@ export async function syncLocked(host: Host, asked: SyncRequest): Promise<SyncRe
   const release = [...before.filter((old) => !wish.some((m) => sameMapping(m, old))), ...stale];
   const observed = await observeMappings(host, wish, release, trusted);
   const changes = plan({ want: wish, release }, observed);
+  const taken = takenBy(changes);
+  await probing.ask(taken);
+  probing.refuse(taken);
   const result = { owner: ownerName(owner), changes };
-  if (request.dryRun) return { ...result, flushed: 0, warnings };
+  if (request.dryRun) return { ...result, flushed: 0, warnings: [...warnings, ...probing.warnings(new Set())] };
   if (isDone(request, prior, changes) && rivals.length === 0) return { ...result, flushed: 0, warnings };
 
   // Where this goes is written before the kernel is touched. The owner's file comes last, since it takes over the claims.
@@ -100,20 +193,25 @@ export async function syncLocked(host: Host, asked: SyncRequest): Promise<SyncRe
       if (wish.length === 0) host.store.remove(owner);
       else if (!request.pending) host.store.write(activeFile(host, owner, wish, detachedAliases(request, prior)));
     });
-    return { ...result, flushed: applied.flushed, warnings: [...warnings, ...applied.warnings] };
+    const unprobed = probing.warnings(applied.unannounced);
+    return { ...result, flushed: applied.flushed, warnings: [...warnings, ...unprobed, ...applied.warnings] };
   } catch (error) {
     const half = error instanceof KvmIbError && error.code === 'reversal-failed';
     throw putBack(host, half ? intents.map((file) => ({ owner: file.owner, file })) : originals, error);
   }
 }
 
-/** The wish, held against what the owner has and, where it is known, against the domain. */
-function wishFor({ wish, domain }: SyncRequest, prior: StateFile | undefined): readonly Mapping[] {
-  if (domain === undefined) return wish;
+/** The wish, held against what the VM has and, where it is known, against the interfaces of its domain. */
+export function wishFor(
+  wish: readonly Mapping[],
+  domain: DomainView,
+  macs: ReadonlySet<Mac> | undefined,
+  prior: StateFile | undefined,
+): readonly Mapping[] {
   const held = mappingsOf(prior);
   const stays = held.filter((old, index) => domain.keep(old) && held.findIndex((m) => m.nic === old.nic) === index);
   const rest = wish.filter((m) => !stays.some((old) => old.nic === m.nic));
-  return wishOfDomain({ ...domain, mappings: [...rest, ...stays] }, held, domain.macs);
+  return wishOfDomain({ ...domain, mappings: [...rest, ...stays] }, held, macs);
 }
 
 function detachedAliases(request: SyncRequest, prior: StateFile | undefined): readonly number[] {
@@ -289,9 +387,8 @@ function refuseOwnAddresses(
   wish: readonly Mapping[],
   own: ReadonlyMap<string, readonly Ipv4[]> | undefined,
 ): void {
-  for (const name of new Set(wish.map((m) => m.network))) {
-    const network = host.config.networks.find((n) => n.name === name);
-    const error = network && ownAddressInRange(network, own?.get(name) ?? []);
+  for (const network of new Set(wish.map((m) => networkOfLinks(host.config.networks, m)))) {
+    const error = network && ownAddressInRange(network, own?.get(network.name) ?? []);
     if (error !== undefined) throw error;
   }
 }
@@ -302,16 +399,19 @@ function refuseOwnAddresses(
  */
 async function ensureTable(host: Host, wish: readonly Mapping[], mappings: readonly Mapping[]): Promise<void> {
   const record = host.store.readTable();
-  if (record !== undefined) {
+  if (record !== undefined && isLoadedFor(record, host.config, wish)) {
     const { table, tag } = await host.nat.lookup(mappings.slice(0, 1).map(pairOf));
-    if (table && tag === rulesetTag({ networks: host.config.networks, hostAddresses: record.hostAddresses })) return;
+    if (table && tag === rulesetTag(record)) return;
   }
-  const spec = tableSpec(host.config, await host.links.addresses());
+  // What runs under an older configuration stays served.
+  const { files, unreadable } = host.store.all();
+  const needing = [...files.flatMap(mappingsOf), ...wish];
+  const spec = neededSpec(host, needing, await host.links.addresses(), unreadable.length > 0);
   refuseOwnAddresses(host, wish, spec.hostAddresses);
   // A configuration that names a wrong link must not reach the packets of the mappings that work.
   await refuseMissingLinks(host, wish);
-  const files = host.store.all().files.flatMap((file) => file.mappings);
-  await loadTable(host, spec, files, await host.nat.list(spec));
+  const held = files.flatMap((file) => file.mappings);
+  await loadTable(host, spec, held, await host.nat.list(spec));
 }
 
 /**
@@ -339,7 +439,7 @@ export async function loadTable(
   const flushed = await host.conntrack.flush(
     wanted.map(({ guest, address }) => ({ kind: 'foreign', guest, address, stale })),
   );
-  host.store.writeTable({ hostAddresses: spec.hostAddresses });
+  host.store.writeTable({ ...spec, configured: networksText(host.config.networks) });
   return flushed;
 }
 

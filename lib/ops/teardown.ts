@@ -40,8 +40,8 @@ export function teardown(
         fix: 'look at it, or use --force',
       });
     }
-    const view = await observeHost(host);
     const owned = files.flatMap(mappingsOf);
+    const view = await observeHost(host, owned, unreadable.length > 0);
     const observed = { ...view.observed, bridges: [] };
     const changes = plan({ want: [], release: owned }, observed);
     const table = view.table.table;
@@ -52,7 +52,7 @@ export function teardown(
         await host.nat.remove();
         host.store.removeAll();
       });
-      return { changes, table, ...applied };
+      return { changes, table, flushed: applied.flushed, warnings: applied.warnings };
     } catch (error) {
       if (error instanceof KvmIbError && error.code === 'reversal-failed') throw error;
       throw putBack(

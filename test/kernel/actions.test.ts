@@ -190,6 +190,16 @@ describe.each(['reboot', 'reset'])('%s', (action) => {
     expect(pairs()).toEqual({ 2: '202', 3: '203' });
   });
 
+  test('is not held up by a broken configuration either', async () => {
+    await deployed();
+    writeFileSync(rig.config, 'networks: [');
+    const answer = await run();
+    expect(answer.code).toBe(0);
+    expect(answer.stderr).toMatch(/^ERROR: kvm-ib: Cannot use the configuration [^\n]*The guest keeps what it has\n$/);
+    expect(rig.runs()).toContain(action);
+    expectMapped(NIC0);
+  });
+
   test('maps no NIC that the domain lacks, as after a detach whose last step failed', async () => {
     await deployed();
     expect(await run(two)).toMatchObject(OK);

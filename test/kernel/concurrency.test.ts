@@ -49,6 +49,8 @@ function kvmIb(
     ...process.env,
     KVM_IB_CONFIG: join(directory, 'kvm-ib.yaml'),
     KVM_IB_STATE_DIR: join(directory, 'state'),
+    // Nobody is on the fabric who could answer.
+    KVM_IB_PROBE_MS: '3',
     ...(options.lockTimeout === undefined ? {} : { KVM_IB_LOCK_TIMEOUT_MS: String(options.lockTimeout) }),
   };
   const child = spawn(process.execPath, [PROGRAM, ...args.split(' ')], { env, stdio: ['ignore', 'ignore', 'pipe'] });

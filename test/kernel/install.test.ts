@@ -430,8 +430,8 @@ describe('on a front-end, below another root', () => {
 
   test('a launcher from there finds its parser and the stock script', async () => {
     await report(['install', 'front-end']);
-    put(`${remotes}/vmm/kvm/reboot`, '#!/bin/sh\necho "stock $*"\n', 0o755);
-    const result = await run([at(`${remotes}/vmm/kvm-ib/reboot`), 'one-42', 'host', '42', 'host'], { env: ENV });
+    put(`${remotes}/vmm/kvm/poll`, '#!/bin/sh\necho "stock $*"\n', 0o755);
+    const result = await run([at(`${remotes}/vmm/kvm-ib/poll`), 'one-42', 'host', '42', 'host'], { env: ENV });
     expect(result.stdout).toBe('stock one-42 host 42 host\n');
     const parsed = await run([at(`${remotes}/vmm/kvm-ib/deploy`)], { env: ENV });
     expect(parsed.status).not.toBe(0);
@@ -637,12 +637,17 @@ try tree-difference diff $given/tree-before $given/tree-after
     done('reconcile');
     expect(of('alias')).toContain('192.168.10.202/32');
     expect(of('host-probe')).toMatch(
-      /^KVM_IB_STATUS="OK"\nKVM_IB_DRIFT="0"\nKVM_IB_CONFIG="[0-9a-f]{16}"\nKVM_IB_RULESET="[0-9a-f]{8}"\n/,
+      /^KVM_IB_STATUS="OK"\nKVM_IB_DRIFT="0"\nKVM_IB_OUTDATED="0"\nKVM_IB_CONFIG="[0-9a-f]{16}"\nKVM_IB_RULESET="[0-9a-f]{8}"\n/,
     );
     const monitor = /^VM = \[ ID="42", MONITOR="([^"]*)" \]\nstatus=0$/.exec(of('vm-probe'))?.[1] ?? '';
-    expect(Buffer.from(monitor, 'base64').toString()).toBe(
-      'KVM_IB_STATE="OK"\nKVM_IB_DRIFT="0"\nKVM_IB_ADDRESSES="192.168.10.202"\n',
-    );
+    expect(Buffer.from(monitor, 'base64').toString().split('\n')).toEqual([
+      'KVM_IB_STATE="OK"',
+      'KVM_IB_DRIFT="0"',
+      'KVM_IB_OUTDATED="0"',
+      ...['RX_PACKETS', 'RX_BYTES', 'TX_PACKETS', 'TX_BYTES'].map((key) => `KVM_IB_${key}="0"`),
+      'KVM_IB_ADDRESSES="192.168.10.202"',
+      '',
+    ]);
     done('upgrade');
     expect(of('upgrade')).toContain('~ file /usr/lib/kvm-ib/engine.mjs');
     expect(of('upgrade')).toContain('~ file /etc/systemd/system/kvm-ib.timer');

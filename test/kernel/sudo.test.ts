@@ -29,6 +29,7 @@ import {
   tool,
   UUID,
 } from '../support/driver.ts';
+import { captureArp, makeOther } from '../support/fabric.ts';
 import { requireOwnNetns } from '../support/netns.ts';
 
 requireOwnNetns();
@@ -62,6 +63,7 @@ function mountFile(path: string, text: string, mode: string): void {
 
 beforeAll(async () => {
   rig = await createRig();
+  makeOther();
   for (const [file, entry, mode] of [
     ['passwd', `oneadmin:x:${UID}:${UID}::/nonexistent:/bin/sh`, '0644'],
     ['group', `oneadmin:x:${UID}:`, '0644'],
@@ -114,8 +116,8 @@ const deploy = (more: Readonly<Record<string, string>> = {}) =>
 const aliases = () => tool('/usr/sbin/ip', '-o', '-4', 'addr', 'show', 'dev', 'ib0');
 const stateOf = (name: string) => JSON.parse(readFileSync(`${STATE}/mappings/${name}.json`, 'utf8'));
 
-/** Processes of this network namespace that run the installed engine. */
-function engines(): readonly number[] {
+/** Processes of this network namespace that run the installed engine: as it is, or as that which repeats announcements. */
+function engines(argument?: string): readonly number[] {
   const own = readlinkSync('/proc/self/ns/net');
   return readdirSync('/proc')
     .filter((name) => /^\d+$/.test(name))
@@ -123,7 +125,8 @@ function engines(): readonly number[] {
     .filter((pid) => {
       try {
         const argv = readFileSync(`/proc/${pid}/cmdline`, 'latin1').split('\0');
-        return argv[1] === '/usr/lib/kvm-ib/engine.mjs' && readlinkSync(`/proc/${pid}/ns/net`) === own;
+        const isMeant = argv[1] === '/usr/lib/kvm-ib/engine.mjs' && (argv[2] || undefined) === argument;
+        return isMeant && readlinkSync(`/proc/${pid}/ns/net`) === own;
       } catch {
         return false; // it ended meanwhile
       }
@@ -193,8 +196,27 @@ describe("OpenNebula's user", () => {
     expect(engines()).toEqual([]);
   });
 
+  test('gets the whole probe whatever the environment says, and announcements are repeated after sudo has ended', async () => {
+    const noRepeats = () => engines('--repeat-announcements').length === 0;
+    await eventually('those of earlier tests have ended', noRepeats);
+    const capture = await captureArp();
+    expect(await deploy({ KVM_IB_PROBE_MS: '0' })).toMatchObject({ status: 0 });
+    const [pid] = engines('--repeat-announcements');
+    const status = readFileSync(`/proc/${pid}/status`, 'latin1');
+    expect(/^CapEff:\s*(\S+)$/m.exec(status)?.[1]).toBe('0000000000003000');
+    expect(/^NoNewPrivs:\s*1$/m.test(status)).toBe(true);
+    await new Promise((resolve) => setTimeout(resolve, 4_500));
+    await eventually('the repeats have ended', noRepeats);
+    const frames = (await capture.stop()).filter(({ what }) => what.endsWith('192.168.10.202'));
+    const probes = frames.filter(({ what }) => what.startsWith('probe'));
+    expect(probes).toHaveLength(3);
+    expect((probes[2]?.at ?? 0) - (probes[0]?.at ?? 0)).toBeGreaterThan(0.19);
+    expect(frames.filter(({ what }) => what.startsWith('request'))).toHaveLength(3);
+  });
+
   test.each([
     ['an argument', [ENGINE, '--help']],
+    ['the argument of the repeats', [ENGINE, '--repeat-announcements']],
     ['an empty argument', [ENGINE, '']],
     ['a variable', ['KVM_IB_CONFIG=/tmp/x', ENGINE]],
     ['the engine without its wrapper', [process.execPath, '/usr/lib/kvm-ib/engine.mjs']],

@@ -195,6 +195,8 @@ export async function createRig(): Promise<Rig> {
     LANG: 'C',
     KVM_IB_CONFIG: config,
     KVM_IB_STATE_DIR: state,
+    // Nobody is on the fabric who could answer.
+    KVM_IB_PROBE_MS: '3',
   };
   const baseline = join(folder, 'baseline');
   const rig: Rig = {
@@ -221,7 +223,7 @@ export async function createRig(): Promise<Rig> {
     ssh(action, args, vmId, stdin) {
       // The session is of this host; nothing but `inside` is asked of it.
       const here = { inside: (argv: readonly string[]) => argv } as unknown as Host;
-      const vars = { KVM_IB_CONFIG: config, KVM_IB_STATE_DIR: state };
+      const vars = { KVM_IB_CONFIG: config, KVM_IB_STATE_DIR: state, KVM_IB_PROBE_MS: '3' };
       const script = join(drivers, action);
       return callAsOneVmmExec({ host: here, script, args, stdin, vmId, hostName: HOST_NAME, env: vars });
     },
@@ -253,7 +255,9 @@ export async function createRig(): Promise<Rig> {
       ),
     reset() {
       const elements = ['map ip kvm_ib guest_to_ib', 'map ip kvm_ib ib_to_guest', 'set ip kvm_ib guest_mac'];
-      const flush = [...elements, 'set ip kvm_ib guest_any_mac'].map((set) => `flush ${set}`).join('; ');
+      const names = ['guest_any_mac', 'mapped_guests', 'mapped_addresses', 'guest_sent', 'guest_received'];
+      const sets = names.map((name) => `set ip kvm_ib ${name}`);
+      const flush = [...elements, ...sets].map((set) => `flush ${set}`).join('; ');
       // The table may be gone: then there is nothing to flush.
       spawnSync(NFT, [flush], { stdio: 'ignore' });
       const addresses = 'address flush dev ib0 scope global\naddress add 192.168.10.1/24 dev ib0\n';

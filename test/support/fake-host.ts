@@ -15,7 +15,7 @@ import { ownerName } from '../../lib/core/mapping.ts';
 import type { DomainState, Holder, StateFile } from '../../lib/core/state.ts';
 import { mappingsOf } from '../../lib/core/state.ts';
 import { createStore } from '../../lib/host/store.ts';
-import type { BridgePort, FlushRequest, InetAddress, Link } from '../../lib/link/ports.ts';
+import type { BridgePort, FlushRequest, InetAddress, Link, OtherHolder } from '../../lib/link/ports.ts';
 import type { ElementReader } from '../../lib/nat/nft.ts';
 import { createNftEngine } from '../../lib/nat/nft.ts';
 import type { ElementData, ElementKey, Nft, TableListing } from '../../lib/nftables-json/index.ts';
@@ -30,13 +30,29 @@ export interface FakeFlow {
   readonly reply: { readonly source: string; readonly destination: string };
 }
 
+export interface FakeLink {
+  mtu: number;
+  up: boolean;
+  readonly type: number;
+  /** Last octet of the hardware address. */
+  station?: number;
+  carrierChanges?: number;
+  /** False: it is up without a carrier. */
+  readonly running?: boolean;
+  readonly kind?: string;
+  /** Name of the bond or bridge that it belongs to. */
+  readonly master?: string;
+}
+
 /** What the kernel of a host holds. Tests write into it what others would do to it. */
 export interface FakeKernel {
-  readonly links: Map<string, { mtu: number; up: boolean; type: number }>;
+  readonly links: Map<string, FakeLink>;
   addresses: InetAddress[];
   ports: { readonly bridge: string; readonly name: string; hairpin: boolean }[];
   callsIptables: boolean;
   flows: FakeFlow[];
+  /** Other hosts of the fabric, by the IB address that they answer for. */
+  readonly others: Map<string, OtherHolder>;
   readonly nft: Nft;
   /** The table as it is, for readers that cannot wait. */
   table: TableListing | undefined;
@@ -53,6 +69,9 @@ export interface FakeHost extends Host {
   bootId: string;
   readonly dead: Set<number>;
   announcementError: string | undefined;
+  /** Why the process that repeats announcements cannot be started. */
+  repeatError: string | undefined;
+  probeError: string | undefined;
 }
 
 const IB_MTU = 2044;
@@ -60,13 +79,22 @@ const IB_MTU = 2044;
 export const BOOT = 'boot';
 
 export function createFakeKernel(config: Config): FakeKernel {
-  const links = new Map<string, { mtu: number; up: boolean; type: number }>();
+  const links = new Map<string, FakeLink>();
   for (const network of config.networks) {
     links.set(network.device, { mtu: IB_MTU, up: true, type: 32 });
     links.set(network.bridge, { mtu: IB_MTU, up: true, type: 1 });
   }
   links.set('eth0', { mtu: 1500, up: true, type: 1 });
-  return { links, addresses: [], ports: [], callsIptables: false, flows: [], nft: createFakeNft(), table: undefined };
+  return {
+    links,
+    addresses: [],
+    ports: [],
+    callsIptables: false,
+    flows: [],
+    others: new Map(),
+    nft: createFakeNft(),
+    table: undefined,
+  };
 }
 
 const directories: string[] = [];
@@ -103,6 +131,8 @@ export function createFakeHost(config: Config, options: FakeHostOptions = {}): F
     interfaces: new Map(),
     bootId: BOOT,
     announcementError: undefined,
+    repeatError: undefined,
+    probeError: undefined,
     nat: {
       ...engine,
       change: (change) => logged(log, 'nat.change', () => engine.change(change)),
@@ -111,6 +141,7 @@ export function createFakeHost(config: Config, options: FakeHostOptions = {}): F
     },
     links: {
       link: async (name) => linkOf(kernel, name),
+      linkAt: async (index) => linkOf(kernel, [...kernel.links.keys()][index - 1] ?? ''),
       addresses: async () => {
         log.push('addresses');
         return kernel.addresses;
@@ -166,6 +197,20 @@ export function createFakeHost(config: Config, options: FakeHostOptions = {}): F
         for (const { address } of items) log.push(`announce ${address}`);
         const error = host.announcementError;
         return items.map(({ device, address }) => ({ device, address, ...(error === undefined ? {} : { error }) }));
+      },
+      repeat: async (items) => {
+        log.push(`repeat ${items.map(({ address, label }) => `${address} ${label}`).join(', ')}`);
+        return host.repeatError;
+      },
+    },
+    prober: {
+      probe: async (items, { except = [] } = {}) => {
+        log.push(`probe ${items.map(({ address }) => address).join(', ')}`);
+        return items.map(({ device, address }) => {
+          if (host.probeError !== undefined) return { device, address, error: host.probeError };
+          const other = kernel.others.get(address);
+          return { device, address, ...(other === undefined || except.includes(other.hardware) ? {} : { other }) };
+        });
       },
     },
     store: loggedStore(createStore(options.directory ?? temporaryDirectory()), log),
@@ -228,6 +273,10 @@ function loggedStore(store: Store, log: string[]): Store {
       log.push(record === undefined ? 'forget table' : 'record table');
       store.writeTable(record);
     },
+    writeLinks: (records) => {
+      log.push('record links');
+      store.writeLinks(records);
+    },
     all: () => {
       log.push('all files');
       return store.all();
@@ -238,8 +287,22 @@ function loggedStore(store: Store, log: string[]): Store {
 function linkOf(kernel: FakeKernel, name: string): Link | undefined {
   const link = kernel.links.get(name);
   if (link === undefined) return undefined;
-  const index = [...kernel.links.keys()].indexOf(name) + 1;
-  return { index, name, ...link, address: new Uint8Array(6), broadcast: new Uint8Array(6).fill(255), master: null };
+  const indexOf = (of: string) => [...kernel.links.keys()].indexOf(of) + 1;
+  const { mtu, up, type, running = up, kind = null, master, station = 1, carrierChanges = 2 } = link;
+  const length = type === 32 ? 20 : 6;
+  return {
+    index: indexOf(name),
+    name,
+    type,
+    mtu,
+    up,
+    running,
+    kind,
+    address: new Uint8Array(length).fill(station, length - 1),
+    broadcast: new Uint8Array(length).fill(255),
+    master: master === undefined ? null : indexOf(master),
+    carrierChanges,
+  };
 }
 
 function requireLink(kernel: FakeKernel, message: string, name: string): { mtu: number } {
@@ -379,6 +442,7 @@ export function withFaults(host: Host, n: number, mode: 'once' | 'on' = 'once'):
       write: wrapSync('store.write', store.write),
       remove: wrapSync('store.remove', store.remove),
       writeTable: wrapSync('store.writeTable', store.writeTable),
+      writeLinks: wrapSync('store.writeLinks', store.writeLinks),
       removeAll: wrapSync('store.removeAll', store.removeAll),
     },
   };
@@ -445,6 +509,8 @@ export interface Snapshot {
   readonly table: boolean;
   readonly pairs: readonly string[];
   readonly macs: readonly string[];
+  /** Guests that are counted. */
+  readonly counted: readonly string[];
   readonly aliases: readonly string[];
   readonly mtus: readonly string[];
   readonly ports: readonly string[];
@@ -467,7 +533,7 @@ export function snapshot(host: Pick<FakeHost, 'kernel' | 'store'>): Snapshot {
 }
 
 /** Pairs and MAC bindings of a listed table, one text each, in an order of their own. */
-export function elementsOf(table: TableListing | undefined): Pick<Snapshot, 'pairs' | 'macs'> {
+export function elementsOf(table: TableListing | undefined): Pick<Snapshot, 'pairs' | 'macs' | 'counted'> {
   const key = (element: ElementKey): string => {
     const value = typeof element === 'object' && 'elem' in element ? element.elem.val : element;
     return typeof value === 'object' && 'concat' in value ? value.concat.join(' ') : String(value);
@@ -478,16 +544,18 @@ export function elementsOf(table: TableListing | undefined): Pick<Snapshot, 'pai
   return {
     pairs: [...map('guest_to_ib'), ...map('ib_to_guest')].sort(),
     macs: [...set('guest_mac'), ...set('guest_any_mac')].sort(),
+    counted: [...set('guest_sent'), ...set('guest_received')].sort(),
   };
 }
 
 /** What the kernel must hold for these mappings. */
-export function unitsOf(mappings: readonly Mapping[]): Pick<Snapshot, 'pairs' | 'macs' | 'aliases'> {
+export function unitsOf(mappings: readonly Mapping[]): Pick<Snapshot, 'pairs' | 'macs' | 'counted' | 'aliases'> {
   return {
     pairs: mappings
       .flatMap((m) => [`guest_to_ib ${m.guest} ${m.address}`, `ib_to_guest ${m.address} ${m.guest}`])
       .sort(),
     macs: mappings.map((m) => (m.mac === null ? `guest_any_mac ${m.guest}` : `guest_mac ${m.guest} ${m.mac}`)).sort(),
+    counted: mappings.flatMap((m) => [`guest_sent ${m.guest}`, `guest_received ${m.guest}`]).sort(),
     aliases: mappings.map((m) => `${m.device} ${m.address}/32 ${m.label}`).sort(),
   };
 }

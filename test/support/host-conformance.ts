@@ -5,6 +5,7 @@
 import { beforeEach, describe, expect, it } from 'vitest';
 import type { LinkName } from '../../lib/core/address.ts';
 import { parseIpv4, parseLinkName } from '../../lib/core/address.ts';
+import { servedNetworks } from '../../lib/core/served.ts';
 import type { Conntrack, Links } from '../../lib/link/ports.ts';
 import type { NatEngine, Pair, PairChange, TableSpec } from '../../lib/nat/engine.ts';
 import { elementsOf } from '../../lib/nat/nft.ts';
@@ -30,7 +31,8 @@ const ETH0 = parseLinkName('eth0');
 const PORT = parseLinkName('vnet2');
 const OUTSIDE = '192.168.10.100';
 const OWN = parseIpv4('192.168.10.1');
-const SPEC: TableSpec = { networks: CONFIG.networks, hostAddresses: new Map([['ib', [OWN]]]) };
+const NONE = { packets: 0, bytes: 0 };
+const SPEC: TableSpec = { networks: servedNetworks(CONFIG.networks, []), hostAddresses: new Map([['ib', [OWN]]]) };
 const NOTHING = elementsOf([]);
 
 function pair(n: number, to = n): Pair {
@@ -138,7 +140,11 @@ export function hostConformance(name: string, make: () => Promise<HostUnderTest>
         unbound: new Set([guestOf(3)]),
       };
       expect(await host.nat.lookup([pair(2), any, pair(4)])).toEqual(expected);
-      expect(await host.nat.list(SPEC)).toEqual({ ...expected, differences: [] });
+      expect(await host.nat.list(SPEC)).toEqual({
+        ...expected,
+        traffic: new Map([2, 3].map((n) => [guestOf(n), { sent: NONE, received: NONE }])),
+        differences: [],
+      });
     });
 
     it('says what is there under the keys that were asked for, whatever it is', async () => {
@@ -178,7 +184,7 @@ export function hostConformance(name: string, make: () => Promise<HostUnderTest>
         guests: '10.9.0.0/24',
         addresses: '10.8.0.0/24',
       });
-      const two: TableSpec = { ...SPEC, networks: [...SPEC.networks, second] };
+      const two: TableSpec = { ...SPEC, networks: servedNetworks([...CONFIG.networks, second], []) };
       await host.nat.load(two, [pair(2), pair(3)]);
       expect((await host.nat.list(SPEC)).differences.length).toBeGreaterThan(0);
       await host.nat.load(SPEC, [pair(3)]);

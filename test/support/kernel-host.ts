@@ -8,6 +8,7 @@ import { exec } from '../../lib/host/exec.ts';
 import { createLinks } from '../../lib/host/links.ts';
 import { withLock } from '../../lib/host/lock.ts';
 import { createElementReader } from '../../lib/host/nf-tables-read.ts';
+import { createProber } from '../../lib/host/prober.ts';
 import { createStore } from '../../lib/host/store.ts';
 import { createNftEngine } from '../../lib/nat/nft.ts';
 import { createNft } from '../../lib/nftables-json/index.ts';
@@ -25,6 +26,8 @@ export const ip = (...args: readonly string[]): string => run('/usr/sbin/ip', ..
 export const nft = (...args: readonly string[]): string => run('/usr/sbin/nft', ...args);
 
 const MTU = '2044';
+/** Nobody is on the fabric who could answer. */
+const PROBE_MS = 3;
 const CALLS_IPTABLES = '/proc/sys/net/bridge/bridge-nf-call-iptables';
 /** As other test files of this namespace know it; undefined: the kernel has no br_netfilter. */
 const callsIptables = existsSync(CALLS_IPTABLES) ? readFileSync(CALLS_IPTABLES, 'latin1') : undefined;
@@ -141,6 +144,7 @@ export async function createRealHost(config: Config = CONFIG, directory = tempor
     links,
     conntrack: createConntrack(),
     announcer: createAnnouncer(links),
+    prober: createProber(links, PROBE_MS),
     store,
     domains: {
       active: async () => (host.active === undefined ? undefined : new Set([...host.active].map((vm) => `one-${vm}`))),

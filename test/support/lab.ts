@@ -16,6 +16,7 @@ import { type ChildProcess, fork } from 'node:child_process';
 import { type Ipv4, type LinkName, type Mac, parseIpv4, parseLinkName, parseMac } from '../../lib/core/address.ts';
 import type { ExecOptions, ExecResult } from '../../lib/core/exec.ts';
 import type { Network } from '../../lib/core/mapping.ts';
+import { servedNetworks } from '../../lib/core/served.ts';
 import { exec } from '../../lib/host/exec.ts';
 import type { Pair, TableSpec } from '../../lib/nat/engine.ts';
 import { elementCommands, elementsOf } from '../../lib/nat/nft.ts';
@@ -315,7 +316,10 @@ function labOf(agent: Agent, layout: Layout, plans: readonly NetworkPlan[]): Lab
   };
   const asPair = (pair: number | Pair): Pair => (typeof pair === 'number' ? pairOf(pair) : pair);
   const spec: Lab['spec'] = (host, { isolated, hostAddress = true } = {}) => ({
-    networks: plans.map((plan) => networkOf(plan, isolated?.includes(plan.name) ?? true)),
+    networks: servedNetworks(
+      plans.map((plan) => networkOf(plan, isolated?.includes(plan.name) ?? true)),
+      [],
+    ),
     hostAddresses: new Map(
       plans.map((plan): [string, readonly Ipv4[]] => [
         plan.name,

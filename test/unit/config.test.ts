@@ -97,6 +97,14 @@ static:
     expect(config.static).toHaveLength(2);
   });
 
+  test('may switch the probe off for a network', () => {
+    const probe = (text: string) => read(one({ probe: text })).networks[0]?.probe;
+    expect([probe('false'), probe('true')]).toEqual([false, undefined]);
+    expect(problems(one({ probe: '"no"' }))).toEqual([
+      expect.stringMatching(/^7: networks\[0\]\.probe: no: it is not boolean; write true or false/),
+    ]);
+  });
+
   test.each(['static:\n', 'static: []\n', 'static: ~\n'])('may have no static mappings: %j', (text) => {
     expect(read(one() + text).static).toEqual([]);
   });

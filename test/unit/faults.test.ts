@@ -141,9 +141,10 @@ async function fail(of: Case, host: FakeHost, n: number, mode: 'once' | 'on'): P
 }
 
 /** Without the table and the pairs of others, which an operation that found no table may have brought back. */
-function essence({ table: _, pairs, macs, ...rest }: Snapshot): object {
+function essence({ table: _, pairs, macs, counted, ...rest }: Snapshot): object {
   const others = new Set(Object.values(unitsOf([bystander])).flat());
-  return { ...rest, pairs: pairs.filter((p) => !others.has(p)), macs: macs.filter((m) => !others.has(m)) };
+  const own = (elements: readonly string[]) => elements.filter((element) => !others.has(element));
+  return { ...rest, pairs: own(pairs), macs: own(macs), counted: own(counted) };
 }
 
 function expectConsistent(host: FakeHost, mappings: readonly Mapping[]): void {
@@ -277,7 +278,7 @@ describe('a reconcile of many', () => {
       // Nobody who is well loses anything, whatever fails.
       const seen = snapshot(host);
       const well = unitsOf([bystander, mapping(6, { vm: null, mac: null })]);
-      for (const part of ['pairs', 'macs', 'aliases'] as const)
+      for (const part of ['pairs', 'macs', 'counted', 'aliases'] as const)
         expect(seen[part]).toEqual(expect.arrayContaining([...well[part]]));
       expect(seen.files.map((file) => file.owner)).toEqual(
         expect.arrayContaining([vmOwner(7), { kind: 'manual', guest: guestOf(6) }]),

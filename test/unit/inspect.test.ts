@@ -105,7 +105,7 @@ describe('list', () => {
 
 describe('status', () => {
   it('is ok when all agree', async () => {
-    expect(await status(host)).toEqual({ ok: true, mappings: 2, drift: [], warnings: [] });
+    expect(await status(host)).toEqual({ ok: true, mappings: 2, drift: [], outdated: [], warnings: [] });
   });
 
   it('tells of a missing table, and of every pair with it', async () => {
@@ -350,6 +350,43 @@ describe('the configuration held against the host', () => {
       ['warning', 'MTU of virbr1 is 2044, of ib0 4092'],
       ['warning', 'ib0 has no address of its own'],
     ]);
+  });
+
+  it.each([
+    ['bond', 'slave'],
+    ['bridge', 'port'],
+  ])('a link that is a %s %s is refused, and the master is named', async (kind, role) => {
+    host.kernel.addresses.push(own(50));
+    host.kernel.links.set('master0', { mtu: 2044, up: true, type: 32, kind });
+    host.kernel.links.set('ib0', { mtu: 2044, up: true, type: 32, master: 'master0' });
+    expect(await check()).toMatchObject([
+      {
+        level: 'error',
+        code: 'host-lacks',
+        network: 'ib',
+        what: `ib0 is a ${role} of ${kind} master0`,
+        fix: expect.stringContaining('device: master0'),
+      },
+    ]);
+  });
+
+  it('a link in a VRF is no finding', async () => {
+    host.kernel.addresses.push(own(50));
+    host.kernel.links.set('red', { mtu: 65575, up: true, type: 1, kind: 'vrf' });
+    host.kernel.links.set('ib0', { mtu: 2044, up: true, type: 32, master: 'red' });
+    expect(await check()).toEqual([]);
+  });
+
+  it('a bond of IPoIB links is a fine device, and without an active slave it is named', async () => {
+    host.kernel.addresses.push(own(50));
+    host.kernel.links.set('ib0', { mtu: 2044, up: true, type: 32, kind: 'bond' });
+    expect(await check()).toEqual([]);
+    host.kernel.links.set('ib0', { mtu: 2044, up: true, type: 32, kind: 'bond', running: false });
+    expect(await check()).toMatchObject([
+      { level: 'warning', what: 'ib0 has no carrier', why: 'none of its slaves is active' },
+    ]);
+    host.kernel.links.set('ib0', { mtu: 2044, up: true, type: 32, running: false });
+    expect(await check()).toMatchObject([{ level: 'warning', why: expect.stringContaining('subnet manager') }]);
   });
 
   it('names missing links, a link that is down, and settings of the kernel', async () => {

@@ -31,6 +31,7 @@ test('a reconcile that could not look says so, with the code of the error and no
       time: '2026-01-01T00:00:00.000Z',
       error: 'host-lacks',
       drift: null,
+      outdated: null,
       config: { networks: [], static: [] },
       ruleset: null,
       vms: [],

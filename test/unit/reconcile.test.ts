@@ -3,8 +3,11 @@ import { renameSync, truncateSync, writeFileSync } from 'node:fs';
 import { join } from 'node:path';
 import fc from 'fast-check';
 import { beforeEach, describe, expect, it } from 'vitest';
+import { parseIpv4 } from '../../lib/core/address.ts';
+import { resolveMapping } from '../../lib/core/config.ts';
 import type { Config, Mapping, Owner } from '../../lib/core/mapping.ts';
 import { commit, undo } from '../../lib/ops/actions.ts';
+import { status } from '../../lib/ops/inspect.ts';
 import { reconcile } from '../../lib/ops/reconcile.ts';
 import { sync } from '../../lib/ops/sync.ts';
 import { teardown } from '../../lib/ops/teardown.ts';
@@ -401,16 +404,30 @@ describe('what stands in the way', () => {
     expect(await failureOf(add(mapping(3)))).toMatchObject({ code: 'conflict' });
   });
 
-  it('as a configuration that no longer has the network is an error, and what is there stays', async () => {
+  it('is not a configuration that no longer has the network: it is served until its last mapping ends', async () => {
     await add(mapping(2));
     host.active = new Set([2]);
-    const before = unitsOf([mapping(2)]);
     host = restarted(host, { networks: [network({ name: 'new', guests: '10.9.0.2-10.9.0.9' })], static: [] });
-    expect((await reconcile(host)).errors).toMatchObject([{ code: 'out-of-range' }]);
-    expect(snapshot(host)).toMatchObject(before);
-    host.active = new Set();
+    expect(await reconcile(host)).toMatchObject({ errors: [], changes: [] });
+    expect(await reconcile(host)).toMatchObject({ errors: [], changes: [], table: [] });
+    expect(snapshot(host)).toMatchObject(unitsOf([mapping(2)]));
+    const { ok, outdated } = await status(host);
+    expect({ ok, outdated }).toMatchObject({ ok: true, outdated: [{ vm: 2, guest: guestOf(2), now: null }] });
+    // What an action costs does not depend on it.
+    host.log.length = 0;
+    const config: Config = { networks: host.config.networks, static: [] };
+    const next = resolveMapping(config, { guest: parseIpv4('10.9.0.3'), mac: null, vm: 3, nic: 0 });
+    await sync(host, request(vmOwner(3), [next]));
+    await sync(host, request(vmOwner(3), []));
+    expect(host.log.filter((call) => ['all files', 'nft list', 'nat.load'].includes(call))).toEqual([]);
+    // Repaired as any other.
+    host.kernel.addresses = [];
     await reconcile(host);
+    expect(snapshot(host)).toMatchObject(unitsOf([mapping(2)]));
+    host.active = new Set();
+    expect((await reconcile(host)).table).toHaveLength(1);
     expectHeld();
+    expect((await reconcile(host)).table).toEqual([]);
   });
 });
 

@@ -12,11 +12,13 @@ import {
 import { join } from 'node:path';
 import { beforeEach, describe, expect, it } from 'vitest';
 import type { Mapping, Owner } from '../../lib/core/mapping.ts';
+import type { TableRecord } from '../../lib/core/served.ts';
+import { networksText, servedNetworks } from '../../lib/core/served.ts';
 import type { StateFile } from '../../lib/core/state.ts';
 import { STATE_VERSION } from '../../lib/core/state.ts';
 import { createStore } from '../../lib/host/store.ts';
-import type { Store } from '../../lib/ops/host.ts';
-import { addressOf, guestOf, mapping, temporaryDirectory, vmOwner } from '../support/fake-host.ts';
+import type { LinkRecord, Store } from '../../lib/ops/host.ts';
+import { addressOf, CONFIG, guestOf, mapping, temporaryDirectory, vmOwner } from '../support/fake-host.ts';
 
 let directory: string;
 let store: Store;
@@ -38,6 +40,12 @@ function file(owner: Owner, mappings: readonly Mapping[], previous: readonly Map
     updated,
   };
 }
+
+const RECORD: TableRecord = {
+  networks: servedNetworks(CONFIG.networks, [mapping(2)]),
+  hostAddresses: new Map([['ib', [addressOf(2)]]]),
+  configured: networksText(CONFIG.networks),
+};
 
 const pathOf = (name: string) => join(directory, 'mappings', `${name}.json`);
 const claims = () => readdirSync(join(directory, 'claims')).sort();
@@ -65,17 +73,16 @@ describe('the state directory', () => {
   it('holds no temporary file afterwards', () => {
     store.write(file(vmOwner(2), [mapping(2)]));
     store.write(file(vmOwner(2), [mapping(3)]));
-    store.writeTable({ hostAddresses: new Map([['ib', [addressOf(2)]]]) });
+    store.writeTable(RECORD);
     expect(readdirSync(directory).sort()).toEqual(['claims', 'mappings', 'table.json']);
     expect(readdirSync(join(directory, 'mappings'))).toEqual(['vm-2.json']);
     expect(claims()).toEqual([addressOf(3), guestOf(3)].sort());
   });
 
   it('keeps the record of the table, and takes a broken one for none', () => {
-    const record = { hostAddresses: new Map([['ib', [addressOf(2)]]]) };
-    store.writeTable(record);
-    expect(store.readTable()).toEqual(record);
-    for (const text of ['', '{', 'null', '[]', '{"hostAddresses":null}', '{"hostAddresses":{"ib":3}}']) {
+    store.writeTable(RECORD);
+    expect(store.readTable()).toEqual(RECORD);
+    for (const text of ['', '{', 'null', '[]', '{"hostAddresses":null}', '{"hostAddresses":{"ib":["192.168.10.2"]}}']) {
       writeFileSync(join(directory, 'table.json'), text);
       expect(store.readTable(), text).toBeUndefined();
     }
@@ -83,9 +90,35 @@ describe('the state directory', () => {
     expect(existsSync(join(directory, 'table.json'))).toBe(false);
   });
 
+  it('keeps the record of the links, and takes what is broken of it for none', () => {
+    const record = { bootId: 'boot', index: 3, hardware: '80:00', carrierChanges: 2 };
+    const records = new Map<string, LinkRecord>([
+      ['ib0', record],
+      ['ib1', { ...record, carrierChanges: null }],
+    ]);
+    expect(store.readLinks()).toEqual(new Map());
+    store.writeLinks(records);
+    expect(store.readLinks()).toEqual(records);
+    const path = join(directory, 'links.json');
+    for (const text of [
+      '',
+      '{',
+      'null',
+      '[]',
+      '{"links":null}',
+      '{"links":[1]}',
+      '{"links":{"ib0":{"index":"3"}}}',
+      '{"links":{"ib0":null}}',
+    ]) {
+      writeFileSync(path, text);
+      expect(store.readLinks(), text).toEqual(new Map());
+    }
+  });
+
   it('is emptied but for what is not ours', () => {
     store.write(file(vmOwner(2), [mapping(2)]));
-    store.writeTable({ hostAddresses: new Map() });
+    store.writeLinks(new Map());
+    store.writeTable(RECORD);
     writeFileSync(join(directory, 'lock'), '');
     store.removeAll();
     expect(readdirSync(directory)).toEqual(['lock']);

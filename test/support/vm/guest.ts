@@ -16,7 +16,7 @@ import {
   writeFileSync,
 } from 'node:fs';
 import { homedir } from 'node:os';
-import { dirname, join } from 'node:path';
+import { basename, dirname, join } from 'node:path';
 import { fileURLToPath } from 'node:url';
 import { runTool, waitFor } from './process.ts';
 
@@ -68,7 +68,60 @@ export function guestCommandLine(net: {
  * @throws Error when the kernel was not fetched (scripts/vm-kernel.mjs does it) or busybox-static or cpio is missing.
  */
 export async function guestImage(): Promise<GuestImage> {
-  const cache = join(process.env['XDG_CACHE_HOME'] || join(homedir(), '.cache'), 'kvm-ib');
+  const kernel = fetchedKernel();
+  const modules = MODULES.map((module) => join(kernel.modules, module));
+  return {
+    kernel: kernel.image,
+    initramfs: await cachedInitramfs([
+      ...FILES.map(([from, to]): Part => [to, join(source, from), 0o755]),
+      ...moduleParts(modules),
+    ]),
+  };
+}
+
+/** One file of an initramfs: where it goes, relative to its root, where it is now, and its mode there. */
+export type Part = readonly [target: string, path: string, mode: number];
+
+/** The modules as init finds them: below /modules, to be loaded in this order. */
+export function moduleParts(paths: readonly string[]): readonly Part[] {
+  return paths.map((path, n) => [`modules/${String(n).padStart(2, '0')}-${basename(path)}`, path, 0o644]);
+}
+
+/** An initramfs of busybox and these files, kept in the cache under a name that its content decides. */
+async function cachedInitramfs(files: readonly Part[]): Promise<string> {
+  const parts = withBusybox(files);
+  const hash = createHash('sha256');
+  for (const [target, path] of parts) hash.update(`${target}\0`).update(readFileSync(path));
+  const initramfs = join(cacheFolder(), `initramfs-${hash.digest('hex').slice(0, 16)}.cpio`);
+  if (existsSync(initramfs)) return initramfs;
+  const work = mkdtempSync(join(cacheFolder(), 'build-'));
+  try {
+    const archive = join(work, 'initramfs');
+    await writeInitramfs(files, archive);
+    renameSync(archive, initramfs);
+  } finally {
+    rmSync(work, { recursive: true, force: true });
+  }
+  return initramfs;
+}
+
+function withBusybox(files: readonly Part[]): readonly Part[] {
+  if (!existsSync(BUSYBOX)) {
+    throw new Error(`Cannot build the guest: ${BUSYBOX} is missing. Try: install busybox-static`);
+  }
+  return [['bin/busybox', BUSYBOX, 0o755], ...files];
+}
+
+function cacheFolder(): string {
+  return join(process.env['XDG_CACHE_HOME'] || join(homedir(), '.cache'), 'kvm-ib');
+}
+
+/**
+ * The kernel that scripts/vm-kernel.mjs fetched: its image, and the folder that its modules lie below.
+ * @throws Error when it was not fetched, saying how
+ */
+export function fetchedKernel(): { readonly image: string; readonly modules: string } {
+  const cache = cacheFolder();
   const index = join(cache, 'kernel.json');
   if (!existsSync(index)) {
     throw new Error(
@@ -77,38 +130,21 @@ export async function guestImage(): Promise<GuestImage> {
     );
   }
   const kernel = parseKernel(readFileSync(index, 'utf8'), index);
-  for (const [path, fix] of [
-    [BUSYBOX, 'install busybox-static'],
-    [kernel.image, 'node scripts/vm-kernel.mjs --refresh'],
-  ] as const) {
-    if (!existsSync(path)) throw new Error(`Cannot build the guest: ${path} is missing. Try: ${fix}`);
+  if (!existsSync(kernel.image)) {
+    throw new Error(`Cannot build the guest: ${kernel.image} is missing. Try: node scripts/vm-kernel.mjs --refresh`);
   }
-
-  const parts: [target: string, path: string, mode: number][] = [
-    ['bin/busybox', BUSYBOX, 0o755],
-    ...FILES.map(([from, to]): [string, string, number] => [to, join(source, from), 0o755]),
-    ...MODULES.map((module, n): [string, string, number] => {
-      const name = module.slice(module.lastIndexOf('/') + 1);
-      return [`modules/${String(n).padStart(2, '0')}-${name}`, join(kernel.modules, module), 0o644];
-    }),
-  ];
-  const hash = createHash('sha256');
-  for (const [target, path] of parts) hash.update(`${target}\0`).update(readFileSync(path));
-  const initramfs = join(cache, `initramfs-${hash.digest('hex').slice(0, 16)}.cpio`);
-  if (!existsSync(initramfs)) await build(cache, parts, initramfs);
-  return { kernel: kernel.image, initramfs };
+  return kernel;
 }
 
-async function build(
-  cache: string,
-  parts: readonly (readonly [target: string, path: string, mode: number])[],
-  initramfs: string,
-): Promise<void> {
-  const work = mkdtempSync(join(cache, 'build-'));
+/**
+ * Writes an initramfs of busybox and these files. Its root is made beside it meanwhile.
+ * @throws Error when busybox-static or cpio is missing
+ */
+export async function writeInitramfs(files: readonly Part[], archive: string): Promise<void> {
+  const root = `${archive}.root`;
   try {
-    const root = join(work, 'root');
     const names = new Set<string>();
-    for (const [target, path, mode] of parts) {
+    for (const [target, path, mode] of withBusybox(files)) {
       const directories = target.split('/').slice(0, -1);
       for (let depth = 1; depth <= directories.length; depth += 1) names.add(directories.slice(0, depth).join('/'));
       names.add(target);
@@ -117,14 +153,12 @@ async function build(
       chmodSync(join(root, target), mode);
     }
     // Not compressed: unpacking is the slow part under emulation.
-    const archive = join(work, 'initramfs');
     writeFileSync(archive, '');
     await runTool(['/usr/bin/cpio', '--quiet', '-o', '-H', 'newc', '-R', '0:0', '-D', root, '-F', archive], {
       input: [...names].join('\n'),
     });
-    renameSync(archive, initramfs);
   } finally {
-    rmSync(work, { recursive: true, force: true });
+    rmSync(root, { recursive: true, force: true });
   }
 }
 

@@ -7,6 +7,7 @@
 #
 #   KVM_IB_STATUS   OK, DRIFT, FAILED (reconcile could not look), STALE (older than three minutes), MISSING, CORRUPT
 #   KVM_IB_DRIFT    differences left after reconcile; -1: not known
+#   KVM_IB_OUTDATED  mappings that go on as an older configuration made them (no drift); -1: not known
 #   KVM_IB_CONFIG   hash of the configuration: equal on all hosts of a cluster
 #   KVM_IB_RULESET  tag of the loaded rule set
 #   KVM_IB_VERSION  version of kvm-ib
@@ -17,7 +18,7 @@ installed=/usr/lib/kvm-ib
 [ -e "$file" ] || [ -d "$installed" ] || exit 0
 
 print() {
-  printf 'KVM_IB_STATUS="%s"\nKVM_IB_DRIFT="%s"\nKVM_IB_CONFIG="%s"\nKVM_IB_RULESET="%s"\nKVM_IB_VERSION="%s"\n' "$@"
+  printf 'KVM_IB_STATUS="%s"\nKVM_IB_DRIFT="%s"\nKVM_IB_OUTDATED="%s"\nKVM_IB_CONFIG="%s"\nKVM_IB_RULESET="%s"\nKVM_IB_VERSION="%s"\n' "$@"
   exit 0
 }
 # At most 16 characters of A-Z a-z 0-9 . _ -
@@ -31,20 +32,21 @@ number() {
   [ ${#1} -le 9 ]
 }
 
-[ -e "$file" ] || print MISSING -1 '' '' ''
+[ -e "$file" ] || print MISSING -1 -1 '' '' ''
 # A pipe in its place would hang us.
-[ -f "$file" ] || print CORRUPT -1 '' '' ''
+[ -f "$file" ] || print CORRUPT -1 -1 '' '' ''
 read -r uptime rest < /proc/uptime
 now=${uptime%%.*}
 
 dd if="$file" bs=65536 count=8 | {
-  state='' drift='' config='' ruleset='' version='' when='' complete=
+  state='' drift='' outdated='' config='' ruleset='' version='' when='' complete=
   if read -r key value rest && [ "$key $value" = 'kvm-ib-status 1' ]; then
     while read -r key value rest; do
       case $key in
         uptime) number "$value" && when=$value ;;
         state) case $value in OK | DRIFT | FAILED) state=$value ;; esac ;;
         drift) number "$value" && drift=$value ;;
+        outdated) number "$value" && outdated=$value ;;
         config) plain "$value" && config=$value ;;
         ruleset) plain "$value" && ruleset=$value ;;
         version) plain "$value" && version=$value ;;
@@ -52,11 +54,11 @@ dd if="$file" bs=65536 count=8 | {
       esac
     done
   fi
-  [ -n "$complete" ] && [ -n "$state" ] && [ -n "$when" ] || print CORRUPT -1 '' '' ''
+  [ -n "$complete" ] && [ -n "$state" ] && [ -n "$when" ] || print CORRUPT -1 -1 '' '' ''
   # Seconds since boot: a change of the clock does not make it old. Later than now: left from before a boot.
   age=$((now - when))
-  if [ "$age" -gt 180 ] || [ "$age" -lt -5 ]; then print STALE -1 "$config" "$ruleset" "$version"; fi
-  [ "$state" = FAILED ] && drift=-1
-  print "$state" "${drift:--1}" "$config" "$ruleset" "$version"
+  if [ "$age" -gt 180 ] || [ "$age" -lt -5 ]; then print STALE -1 -1 "$config" "$ruleset" "$version"; fi
+  [ "$state" = FAILED ] && drift=-1 outdated=-1
+  print "$state" "${drift:--1}" "${outdated:--1}" "$config" "$ruleset" "$version"
 }
 exit 0

@@ -6,7 +6,11 @@
 #
 #   KVM_IB_STATE      OK, DRIFT, PENDING (an action is at work), REMOVING, or STALE (the status is older than three minutes)
 #   KVM_IB_DRIFT      differences between kernel and files that concern this VM
-#   KVM_IB_ADDRESSES  its IB addresses
+#   KVM_IB_OUTDATED   its mappings that go on as an older configuration made them (no drift)
+#   KVM_IB_RX_PACKETS, KVM_IB_RX_BYTES  what the host forwarded to its IB addresses, from the fabric and from guests of the host
+#   KVM_IB_TX_PACKETS, KVM_IB_TX_BYTES  what the host forwarded from it, likewise; each mapping counts from its making
+#                     (not there: nft before 1.0.6 cannot count)
+#   KVM_IB_ADDRESSES  its IB addresses, as many as fit
 
 exec 2> /dev/null
 file=/run/kvm-ib/status

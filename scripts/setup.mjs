@@ -21,7 +21,7 @@ export const PACKAGES = {
     'libxml2-utils',
     'bridge-utils',
   ],
-  vm: ['libvirt-daemon-system', 'libvirt-clients', 'qemu-system-x86', 'busybox-static', 'cpio'],
+  vm: ['libvirt-daemon-system', 'libvirt-clients', 'qemu-system-x86', 'qemu-utils', 'busybox-static', 'cpio'],
 };
 
 /** Environment for children: no loader options of the caller, and the directories of system programs. */

@@ -1,7 +1,7 @@
 /**
  * The guest of the VM tests: a Debian kernel and an initramfs of busybox that is up in about four seconds under QEMU's
- * software emulation. It answers ping, echoes bytes over TCP and says from which address they came, runs shell
- * commands sent to it, and powers off on the ACPI button. See `guest/` for what runs inside.
+ * software emulation. It answers ping, echoes bytes over TCP (in one answer that also says from which address they came, or
+ * as they come over a connection that stays open), runs shell commands sent to it, and powers off on the ACPI button. See `guest/` for what runs inside.
  */
 import { createHash } from 'node:crypto';
 import {
@@ -176,9 +176,17 @@ export function consoleOf(path: string): string {
   return existsSync(path) ? readFileSync(path, 'latin1').slice(-4000) : '(the guest printed nothing)';
 }
 
-/** Waits until the guest has its address and serves. @throws Error with the end of its console when it does not. */
-export async function guestReady(consolePath: string, limit = 60_000): Promise<void> {
-  const ready = () => (consoleOf(consolePath).includes('guest: ready') ? true : undefined);
+/** How often the guest has come up since its QEMU was started, by its console. */
+export function bootsOf(consolePath: string): number {
+  return existsSync(consolePath) ? readFileSync(consolePath, 'latin1').split('guest: ready').length - 1 : 0;
+}
+
+/**
+ * Waits until the guest has its address and serves, for the n-th time since its QEMU was started.
+ * @throws Error with the end of its console when it does not
+ */
+export async function guestReady(consolePath: string, boots = 1, limit = 60_000): Promise<void> {
+  const ready = () => (bootsOf(consolePath) >= boots ? true : undefined);
   try {
     await waitFor('the guest to be ready', ready, limit);
   } catch (error) {

@@ -11,7 +11,7 @@ import { fileURLToPath } from 'node:url';
 import type { Host, Libvirt } from './host.ts';
 import { startHost, startLibvirt, startNetwork } from './host.ts';
 import type { ToolResult } from './process.ts';
-import { runTool, tryTool } from './process.ts';
+import { runTool, tryTool, waitFor } from './process.ts';
 
 export const FABRIC = {
   /** Connected mode: 64 kB less the 4 bytes of the IPoIB header, rounded (RFC 4755). */
@@ -22,6 +22,8 @@ export const FABRIC = {
 
 export const BRIDGE = { name: 'virbr1', address: '192.168.122.1' } as const;
 
+/** Where the guest's `init` gives back what it gets. */
+const ECHO_PORT = 7;
 const HOST_NETNS = 'kib-host';
 const OUTSIDE_NETNS = 'kib-outside';
 const PEER = join(dirname(fileURLToPath(import.meta.url)), 'peer.mjs');
@@ -42,6 +44,16 @@ export interface Outside {
   readonly shell: (address: string, script: string) => Promise<{ readonly status: number; readonly output: string }>;
   /** Takes connections on a port of the outside client until `stop`. */
   readonly listen: (port: number) => Promise<Listener>;
+  /** Opens a connection to the guest and talks over it without a pause until `stop`. */
+  readonly hold: (address: string) => Held;
+}
+
+/** One connection of the outside client to a guest's echo service. */
+export interface Held {
+  /** Waits until something that is sent from now on has come back. @throws Error when nothing does, or the connection broke */
+  readonly answers: (limit?: number) => Promise<void>;
+  /** Closes it. @throws Error unless all that was sent has come back, in order */
+  readonly stop: () => Promise<void>;
 }
 
 export interface Connection {
@@ -125,6 +137,7 @@ function outsideClient(): Outside {
       if (end === null) throw new Error(`The guest at ${address} did not finish: ${body}`);
       return { status: Number(end[1]), output: body.slice(0, end.index) };
     },
+    hold: (address) => hold(within([process.execPath, PEER, 'hold', address, String(ECHO_PORT)])),
     listen: (port) => listen(within([process.execPath, PEER, 'listen', FABRIC.outside, String(port)])),
   };
 }
@@ -151,6 +164,54 @@ async function listen(argv: readonly [string, ...string[]]): Promise<Listener> {
     stop: () => {
       child.kill('SIGTERM'); // `ip netns exec` became node itself
       return ended;
+    },
+  };
+}
+
+function hold(argv: readonly [string, ...string[]]): Held {
+  const [program, ...args] = argv;
+  const child = spawn(program, args, { stdio: ['ignore', 'pipe', 'pipe'], env: { PATH: '/usr/sbin:/usr/bin' } });
+  const ended = new Promise<number | null>((resolve) => child.once('close', resolve));
+  let answered = 0;
+  let sent = -1;
+  let said = '';
+  let order = true;
+  child.stderr.on('data', (chunk: Buffer) => {
+    said += chunk.toString();
+  });
+  createInterface({ input: child.stdout }).on('line', (line) => {
+    const total = /^sent (\d+)$/.exec(line);
+    if (total !== null) {
+      sent = Number(total[1]);
+      return;
+    }
+    answered += 1;
+    if (Number(line) !== answered) order = false;
+  });
+  const broken = () => (child.exitCode === null ? undefined : new Error(`The connection broke: ${said.trim()}`));
+  return {
+    answers: async (limit = 20_000) => {
+      // What is on its way now does not count: ten of them are half a second.
+      const enough = answered + 10;
+      await waitFor(
+        'an answer over the open connection',
+        () => {
+          const error = broken();
+          if (error !== undefined) throw error;
+          return answered >= enough ? true : undefined;
+        },
+        limit,
+        50,
+      );
+    },
+    stop: async () => {
+      const early = broken();
+      if (early !== undefined) throw early;
+      child.kill('SIGTERM'); // `ip netns exec` became node itself
+      const status = await ended;
+      if (status !== 0 || !order || sent !== answered) {
+        throw new Error(`Of ${sent} numbers ${answered} came back${order ? '' : ', not in order'}: ${said.trim()}`);
+      }
     },
   };
 }

@@ -33,6 +33,8 @@ export interface TestNic {
   readonly id?: number;
   readonly attach?: boolean;
   readonly ibIp?: string;
+  /** The tap; `one-<vm>-<NIC_ID>` where it is not given. */
+  readonly target?: string;
 }
 
 /** An external NIC_ALIAS. */
@@ -46,12 +48,21 @@ export interface TestAlias {
   readonly attach?: boolean;
 }
 
+/** TARGET of the context CD, an argument of prereconfigure and reconfigure. */
+export const CONTEXT_DEVICE = 'sda';
+
 export interface DomainBoot {
   readonly kernel: string;
   readonly initramfs: string;
   readonly commandLine: string;
   /** File that the serial console is written to; made by qemu. */
   readonly console: string;
+  /** A qcow2 image as first disk. */
+  readonly disk?: string;
+  /** Image of the context CD. */
+  readonly context?: string;
+  /** RAW of the VM template: put into the domain as it is. */
+  readonly raw?: string;
 }
 
 /**
@@ -69,6 +80,29 @@ export function domainXml(vm: TestVm, boot: DomainBoot): string {
 \t\t</interface>
 `,
   );
+  const disks = [
+    ...(boot.disk === undefined
+      ? []
+      : [
+          `\t\t<disk type='file' device='disk'>
+\t\t\t<source file='${boot.disk}'/>
+\t\t\t<target dev='vda' bus='virtio'/>
+\t\t\t<driver name='qemu' type='qcow2'/>
+\t\t</disk>
+`,
+        ]),
+    ...(boot.context === undefined
+      ? []
+      : [
+          `\t\t<disk type='file' device='cdrom'>
+\t\t\t<source file='${boot.context}'/>
+\t\t\t<target dev='${CONTEXT_DEVICE}' bus='sata'/>
+\t\t\t<readonly/>
+\t\t\t<driver name='qemu' type='raw'/>
+\t\t</disk>
+`,
+        ]),
+  ];
   return `<domain type='qemu' xmlns:qemu='http://libvirt.org/schemas/domain/qemu/1.0'>
 \t<name>one-${vm.id}</name>
 \t<title>${vm.name}</title>
@@ -83,7 +117,7 @@ export function domainXml(vm: TestVm, boot: DomainBoot): string {
 \t</os>
 \t<devices>
 \t\t<emulator><![CDATA[/usr/bin/qemu-system-x86_64]]></emulator>
-${interfaces.join('')}\t\t<graphics type='vnc' listen='0.0.0.0' port='${5900 + vm.id}'/>
+${disks.join('')}${interfaces.join('')}\t\t<graphics type='vnc' listen='0.0.0.0' port='${5900 + vm.id}'/>
 \t</devices>
 \t<features>
 \t\t<acpi/>
@@ -93,7 +127,7 @@ ${interfaces.join('')}\t\t<graphics type='vnc' listen='0.0.0.0' port='${5900 + v
 \t\t\t<source mode='bind'/><target type='virtio' name='org.qemu.guest_agent.0'/>
 \t\t</channel>
 \t</devices>
-\t<devices><serial type='file'><source path='${boot.console}'/></serial></devices>
+\t<devices><serial type='file'><source path='${boot.console}'/></serial></devices>${boot.raw ?? ''}
 \t<metadata>
 \t\t<one:vm xmlns:one="http://opennebula.org/xmlns/libvirt/1.0">
 \t\t\t<one:system_datastore><![CDATA[/var/lib/one//datastores/0/${vm.id}]]></one:system_datastore>
@@ -133,7 +167,7 @@ export function vmXml(vm: TestVm, hostName: string): string {
       NETWORK_ID: 7,
       NIC_ID: n,
       SECURITY_GROUPS: 0,
-      TARGET: `one-${vm.id}-${n}`,
+      TARGET: nic.target ?? `one-${vm.id}-${n}`,
       VN_MAD: 'dummy',
       ...(nic.attach ? { ATTACH: 'YES' } : {}),
       ...(nic.ibIp === undefined ? {} : { IB_IP: nic.ibIp }),
@@ -184,7 +218,7 @@ function contextFields(vm: TestVm, leaving: readonly number[]): Readonly<Record<
     const prefix = `ETH${parent}_ALIAS${aliasId}`;
     Object.assign(fields, { [`${prefix}_EXTERNAL`]: 'YES', [`${prefix}_IP`]: ip, [`${prefix}_MAC`]: mac });
   }
-  return { ...fields, NETWORK: 'YES', TARGET: 'sda' };
+  return { ...fields, NETWORK: 'YES', TARGET: CONTEXT_DEVICE };
 }
 
 /** VMM_DRIVER_ACTION_DATA, which every action but deploy gets on its standard input since 5.0. One line, no declaration. */
@@ -193,7 +227,7 @@ export function actionData(vm: TestVm, hostName: string): string {
     `<VMM_DRIVER_ACTION_DATA><HOST>${hostName}</HOST><MIGR_HOST/><DEPLOY_ID>${vm.uuid}</DEPLOY_ID>` +
     '<LOCAL_DEPLOYMENT_FILE/><REMOTE_DEPLOYMENT_FILE/><CHECKPOINT_FILE/><TM_COMMAND/><TM_COMMAND_ROLLBACK/>' +
     `<DISK_TARGET_PATH/>${vmXml(vm, hostName)}<DATASTORE><ID>0</ID><NAME>system</NAME>` +
-    '<BASE_PATH><![CDATA[/var/lib/one//datastores/0]]></BASE_PATH></DATASTORE></VMM_DRIVER_ACTION_DATA>'
+    '<TM_MAD><![CDATA[qcow2]]></TM_MAD><BASE_PATH><![CDATA[/var/lib/one//datastores/0]]></BASE_PATH></DATASTORE></VMM_DRIVER_ACTION_DATA>'
   );
 }
 
@@ -206,34 +240,129 @@ export function writeDeploymentFolder(folder: string, vm: TestVm, hostName: stri
   return join(home, 'deployment.0');
 }
 
-/** Stock-shaped scripts: argv, standard input and output, and exit status as those of OpenNebula's own kvm folder. */
+/**
+ * What all stock scripts read first. A command that fails is logged with what it said, then comes the script's own message;
+ * the script ends with the status of the command.
+ */
+const COMMON = `VIRSH="virsh --connect $LIBVIRT_URI"
+error() { printf '%s\\n' "$1" >&2; }
+try() {
+  local message=$1 said status
+  shift
+  said=$("$@" 2>&1 > /dev/null) && return
+  status=$?
+  error "ERROR: $(basename "$0"): Command \\"$*\\" failed: $said"
+  error "$message"
+  exit "$status"
+}
+again() {
+  local left=$1
+  shift
+  until ("$@"); do
+    left=$((left - 1))
+    [ "$left" -gt 0 ] || return 1
+    sleep 1
+  done
+}
+value() { xmllint --xpath "string($1)" - <<< "$DATA"; }
+`;
+
+/**
+ * Stock-shaped scripts: argv, standard input and output, exit status and what they do to the domain as those of OpenNebula's
+ * own kvm folder, 6.0 to 7.4.
+ */
 const STOCK = {
   deploy: `cat > "$1" || exit 255
-data=$($VIRSH create "$1") || { echo "Could not create domain from $1" >&2; exit 255; }
+$VIRSH create "$1" > /dev/null || { error "Could not create domain from $1"; exit 255; }
 $VIRSH dominfo "$(sed -n "s/.*<name>\\(.*\\)<\\/name>.*/\\1/p" "$1" | head -n 1)" | awk '/^UUID:/ { print $2 }'
 `,
   shutdown: `gone() { ! $VIRSH --readonly dominfo "$1" > /dev/null 2>&1; }
 gone "$1" && exit 0
-$VIRSH shutdown "$1" > /dev/null || { echo "Could not shutdown $1" >&2; exit 1; }
+try "Could not shutdown $1" $VIRSH shutdown "$1"
 left=$((SHUTDOWN_TIMEOUT * 5))
 until gone "$1"; do
-  [ "$left" -gt 0 ] || { echo "Timed out shutting down $1" >&2; exit 1; }
+  [ "$left" -gt 0 ] || { error "Timed out shutting down $1"; exit 255; }
   left=$((left - 1))
   sleep 0.2
 done
 `,
   cancel: `$VIRSH --readonly dominfo "$1" > /dev/null 2>&1 || exit 0
-$VIRSH destroy "$1" > /dev/null || { echo "Could not destroy $1" >&2; exit 1; }
+try "Could not destroy $1" $VIRSH destroy "$1"
 `,
-  reboot: `$VIRSH reboot "$1" > /dev/null
+  reboot: `try "Could not reboot domain $1" $VIRSH reboot "$1"
 `,
-  reset: `$VIRSH reset "$1" > /dev/null
+  reset: `try "Could not reset domain $1" $VIRSH reset "$1"
 `,
-  save: `$VIRSH save "$1" "$2" > /dev/null
+  // An older checkpoint is moved out of the way, never written over. save.<TM_MAD> is never run: the script ends before.
+  save: `cat > /dev/null
+[ ! -f "$2" ] || try "Could not move $2" mv "$2" "$2.$(date +%s)"
+touch "$2"
+chmod 666 "$2"
+try "Could not save $1 to $2" $VIRSH save "$1" "$2"
 `,
-  restore: `$VIRSH restore "$1" > /dev/null && rm -f "$1"
+  // First restore.<TM_MAD>, if there is one. The domain is named after the VM's id, the fourth argument; where there is none,
+  // virsh says so on standard error. Paths in the checkpoint follow it to its datastore.
+  restore: `DATA=$(cat)
+first="$(dirname "$0")/restore.$(value /VMM_DRIVER_ACTION_DATA/DATASTORE/TM_MAD)"
+[ ! -x "$first" ] || "$first" "$@" <<< "$DATA"
+state=$($VIRSH --readonly dominfo "one-$4" | sed -n 's/^State: *//p')
+if [ "$state" = pmsuspended ]; then
+  try "Could not wake up VM from suspended state" $VIRSH dompmwakeup "one-$4"
+  exit 0
+fi
+home=$(dirname "$1")
+stores=$(dirname "$(dirname "$home")")
+try "Could not recalculate paths in $1.xml" $VIRSH save-image-dumpxml "$1"
+$VIRSH save-image-dumpxml "$1" | sed "s%$stores/[0-9]*/$4/%$home/%g" > "$1.xml"
+restore() { try "Could not restore from $1" $VIRSH restore "$1" --xml "$1.xml"; }
+again "$VIRSH_RETRIES" restore "$1" || exit 1
+rm "$1" "$1.xml"
+`,
+  attach_nic: `DATA=$(cat)
+nic='//NIC[ATTACH="YES"]'
+model=$(value "$nic/MODEL")
+if ! said=$($VIRSH attach-device "$1" <(cat << EOT
+<interface type="bridge"><source bridge="$(value "$nic/BRIDGE")"/><mac address="$(value "$nic/MAC")"/><target dev="$(value "$nic/TARGET")"/><model type="\${model:-$DEFAULT_ATTACH_NIC_MODEL}"/></interface>
+EOT
+) 2>&1 > /dev/null); then
+  error "Could not attach NIC to $1: $said"
+  exit 1
+fi
+`,
+  // Each try may be in vain without virsh saying so; when all were, the status is their number.
+  detach_nic: `cat > /dev/null
+attached() { $VIRSH domiflist "$1" | grep "$2" > /dev/null 2>&1; }
+for n in $(seq "$VIRSH_RETRIES"); do
+  said=$($VIRSH detach-interface --domain "$1" --type bridge --mac "$2" 2>&1 > /dev/null) ||
+    error "Error detaching interface ($2): $said"
+  attached "$1" "$2" || exit 0
+done
+exit "$VIRSH_RETRIES"
+`,
+  prereconfigure: `[ -n "$1" ] && [ -n "$2" ] || exit 0
+disk=$($VIRSH domblklist "$1" | awk -v dev="$2" '$1 == dev { print $2; exit }')
+[ "$disk" != - ] || exit 0
+try "Could not eject CDROM $2" $VIRSH change-media "$1" "$2" --eject --force
+`,
+  reconfigure: `[ -n "$1" ] && [ -n "$2" ] && [ -n "$3" ] || exit 0
+try "Could not insert CDROM $3 to $2" $VIRSH change-media "$1" "$2" "$3" --insert
+`,
+  snapshot_create: `said=$($VIRSH snapshot-create-as "$1" --name "snap-$2") ||
+  { error "Could not create snapshot snap-$2 for domain $1."; exit 255; }
+awk '{ print $3 }' <<< "$said"
+`,
+  snapshot_revert: `try "Could not revert to snapshot $2 for domain $1." $VIRSH snapshot-revert --force "$1" "$2"
+`,
+  snapshot_delete: `try "Could not delete snapshot $2 for domain $1." $VIRSH snapshot-delete "$1" "$2"
 `,
 } as const;
+
+const KVMRC = `export LANG=C
+export LIBVIRT_URI=qemu:///system
+export SHUTDOWN_TIMEOUT=30
+export VIRSH_RETRIES=3
+export DEFAULT_ATTACH_NIC_MODEL=virtio
+`;
 
 /**
  * Builds `<folder>/remotes`, what the front-end copies to /var/tmp/one: `vmm/kvm` with stock-shaped scripts and
@@ -246,16 +375,23 @@ export function writeRemotes(folder: string): string {
   const etc = join(remotes, 'etc/vmm/kvm');
   const kvm = join(remotes, 'vmm/kvm');
   for (const path of [etc, kvm]) mkdirSync(path, { recursive: true });
-  writeFileSync(join(etc, 'kvmrc'), 'export LIBVIRT_URI=qemu:///system\nexport SHUTDOWN_TIMEOUT=30\n');
+  writeFileSync(join(etc, 'kvmrc'), KVMRC);
+  writeFileSync(join(remotes, 'scripts_common.sh'), COMMON);
   for (const [action, body] of Object.entries(STOCK)) {
-    const path = join(kvm, action);
-    const head = `#!/bin/bash\nsource "$(dirname "$0")/../../etc/vmm/kvm/kvmrc"\nVIRSH="virsh -c $LIBVIRT_URI"\n`;
-    writeFileSync(path, `${head}${body}`);
-    chmodSync(path, 0o755);
+    const head = `#!/bin/bash
+source "$(dirname "$0")/../../etc/vmm/kvm/kvmrc"
+source "$(dirname "$0")/../../scripts_common.sh"
+`;
+    writeScript(join(kvm, action), `${head}${body}`);
   }
   cpSync(join(repository, 'drivers/vmm/kvm-ib'), join(remotes, 'vmm/kvm-ib'), { recursive: true, dereference: true });
   symlinkSync(join(repository, 'dist'), join(folder, 'dist'));
   return join(remotes, 'vmm');
+}
+
+export function writeScript(path: string, text: string): void {
+  writeFileSync(path, text);
+  chmodSync(path, 0o755);
 }
 
 export interface DriverCall {

@@ -5,10 +5,13 @@
  *                                  the first line of standard error is the address that the server saw
  *   peer.mjs listen ADDRESS PORT   prints "listening", then for each connection that was read to its end one line of
  *                                  JSON { from, bytes, sha256 }, after answering with the client's address
+ *   peer.mjs hold ADDRESS PORT     opens one connection to an echo service and sends a number over it every 50 ms; prints
+ *                                  each number that comes back, in order. SIGTERM: sends no more, waits for the rest
  */
 import { createHash } from 'node:crypto';
 import { request } from 'node:http';
-import { createServer } from 'node:net';
+import { connect, createServer } from 'node:net';
+import { createInterface } from 'node:readline';
 
 const [verb, address, where] = process.argv.slice(2);
 
@@ -51,6 +54,33 @@ function listen() {
   server.listen(Number(where), address, () => process.stdout.write('listening\n'));
 }
 
+function hold() {
+  const socket = connect(Number(where), address);
+  let sent = 0;
+  let timer;
+  socket.setNoDelay(true);
+  socket.on('connect', () => {
+    timer = setInterval(() => {
+      sent += 1;
+      socket.write(`${sent}\n`);
+    }, 50);
+  });
+  createInterface({ input: socket }).on('line', (line) => process.stdout.write(`${line}\n`));
+  const end = (problem) => {
+    process.stderr.write(`${problem}\n`);
+    process.exit(1);
+  };
+  socket.on('error', (error) => end(error.message));
+  socket.on('end', () => (timer === undefined ? process.exit(0) : end('the guest closed the connection')));
+  process.on('SIGTERM', () => {
+    clearInterval(timer);
+    timer = undefined;
+    process.stdout.write(`sent ${sent}\n`);
+    socket.end();
+  });
+}
+
 if (verb === 'post') post();
 else if (verb === 'listen') listen();
+else if (verb === 'hold') hold();
 else process.exitCode = 2;

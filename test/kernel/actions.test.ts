@@ -78,6 +78,24 @@ const prereconfigure = (vm: TestVm) => call('prereconfigure', [UUID, 'sda'], vm)
 const reconfigure = (vm: TestVm) => call('reconfigure', [UUID, 'sda', '/disk.1'], vm);
 const reconcile = () => rig.cli(['reconcile']);
 
+describe('deploy', () => {
+  test('of a VM whose only NIC has IB_IP=none leaves nothing to reconcile: its tap is a port of our bridge all the same', async () => {
+    tool('/usr/sbin/ip', 'link', 'set', 'virbr1', 'type', 'bridge', 'nf_call_iptables', '1');
+    rig.behave(
+      `/usr/sbin/ip link add one-42-0 type veth peer name guest42 && /usr/sbin/ip link set one-42-0 master virbr1\n${livelyStock(libvirt)}`,
+    );
+    try {
+      const answer = await rig.deploy({ ...one, nics: one.nics.map((nic) => ({ ...nic, ibIp: 'none' })) });
+      expect(answer).toMatchObject({ status: 0, stdout: `${UUID}\n` });
+      expect(await rig.cli(['status', '--json'])).toMatchObject({ status: 0 });
+      expectMapped();
+    } finally {
+      tool('/usr/sbin/ip', 'link', 'set', 'virbr1', 'type', 'bridge', 'nf_call_iptables', '0');
+      tool('/usr/sbin/ip', 'link', 'del', 'one-42-0');
+    }
+  });
+});
+
 describe('save', () => {
   const save = () => call('save', [UUID, join(rig.folder, 'checkpoint'), HOST_NAME], one);
 

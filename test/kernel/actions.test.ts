@@ -96,6 +96,32 @@ describe('deploy', () => {
   });
 });
 
+describe.each(['shutdown', 'cancel'])('%s', (action) => {
+  const end = (stdin: string) => rig.ssh(action, [UUID, HOST_NAME], 42, stdin);
+
+  test('of a VM whose data is cut off, as behind a line EOT in one of its values, ends and releases it', async () => {
+    await deployed();
+    const answer = await end(actionDataOf(one).slice(0, -200));
+    expect(answer.code).toBe(0);
+    expect(answer.stderr).toMatch(/^ERROR: kvm-ib: Cannot read the VM data [^\n]*\n$/);
+    expect(libvirt.domains().size).toBe(0);
+    expectMapped();
+  });
+
+  test('is not held up by a broken configuration: what stays behind is released when it is mended', async () => {
+    await deployed();
+    const config = readFileSync(rig.config, 'latin1');
+    writeFileSync(rig.config, 'networks: [');
+    const answer = await end(actionDataOf(one));
+    expect(answer.code).toBe(0);
+    expect(answer.stderr).toMatch(/^ERROR: kvm-ib: Cannot use the configuration [^\n]*brings it right\n$/);
+    expect(libvirt.domains().size).toBe(0);
+    writeFileSync(rig.config, config);
+    expect((await reconcile()).status).toBe(0);
+    expectMapped();
+  });
+});
+
 describe('save', () => {
   const save = () => call('save', [UUID, join(rig.folder, 'checkpoint'), HOST_NAME], one);
 

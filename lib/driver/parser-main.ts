@@ -116,7 +116,7 @@ async function syncBefore(context: Context, call: OwnCall): Promise<Ending> {
  * operator from a reset.
  */
 async function repairBefore(paths: Paths, call: OwnCall): Promise<Ending> {
-  const stdin = await readStdin();
+  const stdin = await readStdin({ mayBeEmpty: true });
   const engine = await repair(paths, call, stdin).catch((cause: unknown) =>
     complain(cause, 'The guest keeps what it has'),
   );
@@ -197,7 +197,7 @@ async function unplug(context: Context, call: OwnCall): Promise<Ending> {
  * be released is known without them.
  */
 async function releaseAfter(paths: Paths, call: OwnCall): Promise<Ending> {
-  const stdin = await readStdin();
+  const stdin = await readStdin({ mayBeEmpty: true });
   const isOurs = maySomethingBeHeld(paths, call, stdin);
   const ending = await stock(stdin);
   if (!isOurs) return ending;
@@ -393,14 +393,23 @@ function readVmXml(path: string): string {
     if (!stat.isFile() || stat.size > STDIN_LIMIT) {
       throw new KvmIbError('bad-input', `Cannot read ${path}`, { why: 'it is not a plain file, or too large' });
     }
+    if (stat.size === 0) {
+      throw new KvmIbError('bad-input', `Cannot read ${path}`, {
+        why: 'it is empty',
+        fix: "look above in the VM's log; OpenNebula before 6.6 lets the host's shell expand $ and backticks in values of the VM: encode a script in CONTEXT as START_SCRIPT_BASE64",
+      });
+    }
     return readFileSync(fd, 'latin1');
   } finally {
     closeSync(fd);
   }
 }
 
-/** All of standard input: bounded, and never waited for without end. */
-async function readStdin(): Promise<Buffer> {
+/**
+ * All of standard input: bounded, and never waited for without end. Before 6.6 it is empty when a value of the VM holds what the
+ * host's shell cannot expand (`$(` or a lone backtick): the here document that brings it was not quoted.
+ */
+async function readStdin({ mayBeEmpty = false } = {}): Promise<Buffer> {
   const broken = (why: string): KvmIbError =>
     new KvmIbError('bad-input', `Cannot read the standard input of ${action}`, {
       why,
@@ -440,7 +449,7 @@ async function readStdin(): Promise<Buffer> {
       clearTimeout(timer);
     }
   }
-  if (size === 0) throw broken('it is empty');
+  if (size === 0 && !mayBeEmpty) throw broken('it is empty');
   return Buffer.concat(chunks);
 }
 

@@ -108,6 +108,14 @@ describe.each(['shutdown', 'cancel'])('%s', (action) => {
     expectMapped();
   });
 
+  test('of a VM whose data did not come at all ends and releases it', async () => {
+    await deployed();
+    const answer = await rig.call(action, [UUID, HOST_NAME], 42);
+    expect(answer).toMatchObject({ status: 0, stdout: '' });
+    expect(answer.stderr).toMatch(/^ERROR: kvm-ib: Cannot read the VM data [^\n]*empty[^\n]*\n$/);
+    expectMapped();
+  });
+
   test('is not held up by a broken configuration: what stays behind is released when it is mended', async () => {
     await deployed();
     const config = readFileSync(rig.config, 'latin1');
@@ -240,6 +248,15 @@ describe.each(['reboot', 'reset'])('%s', (action) => {
     const answer = await run();
     expect(answer.code).toBe(0);
     expect(answer.stderr).toMatch(/^ERROR: kvm-ib: Cannot use the configuration [^\n]*The guest keeps what it has\n$/);
+    expect(rig.runs()).toContain(action);
+    expectMapped(NIC0);
+  });
+
+  test('is not held up by data that did not come', async () => {
+    await deployed();
+    const answer = await rig.call(action, [UUID, HOST_NAME], 42);
+    expect(answer).toMatchObject({ status: 0, stdout: '' });
+    expect(answer.stderr).toMatch(/^ERROR: kvm-ib: [^\n]*The guest keeps what it has\n$/);
     expect(rig.runs()).toContain(action);
     expectMapped(NIC0);
   });

@@ -115,6 +115,7 @@ describe('a broken document', () => {
 
 const nic = (from: string | RegExp, to: string) => VM.replace(from, to);
 const vmXmls: readonly (readonly [string, string, RegExp])[] = [
+  ['nothing', '', /it is empty.*START_SCRIPT_BASE64/],
   ['no ID', nic('<ID>42</ID>', ''), /no ID/],
   ['two IDs', nic('<ID>42</ID>', '<ID>42</ID><ID>43</ID>'), /2 <ID>/],
   ["another VM's", vmXmlOf(testVm(44)), /VM 44/],
@@ -191,7 +192,7 @@ describe('standard input', () => {
 
   test('that is empty', async () => {
     expectRefused(await deploy(''), EXIT.usage, /empty/);
-    expectRefused(await shutdown(''), EXIT.usage, /empty/);
+    expectEnded(await shutdown(''), /empty/);
   });
 
   test('that is /dev/null', async () => {

@@ -60,8 +60,15 @@ try {
   show('hypervisor', [join(root, 'dist/kvm-ib.mjs'), 'list'], 'kvm-ib list');
   show('hypervisor', [join(root, 'dist/kvm-ib.mjs'), 'status'], 'kvm-ib status');
 
+  say('alpha is suspended: its address leaves the host with it. Resumed, it is reachable again.');
+  const checkpoint = join(work, 'checkpoint');
+  running('save', GUESTS[0], [`one-${GUESTS[0].vm}`, checkpoint, HOST]);
+  if (ok('outside', ['ping', '-c', '1', '-W', '1', '192.168.10.202'])) problem('192.168.10.202 still answers');
+  running('restore', GUESTS[0], [checkpoint, HOST, `one-${GUESTS[0].vm}`]);
+  ping('outside', '192.168.10.202', 'outside -> alpha');
+
   say('Both guests are shut down. Nothing of theirs is left.');
-  for (const guest of GUESTS) shutdown(guest);
+  for (const guest of GUESTS) running('shutdown', guest, [`one-${guest.vm}`, HOST]);
   show('hypervisor', [join(root, 'dist/kvm-ib.mjs'), 'list'], 'kvm-ib list');
   show('hypervisor', [IP, '-4', '-brief', 'address', 'show', 'dev', 'ib0']);
   if (ok('outside', ['ping', '-c', '1', '-W', '1', '192.168.10.202'])) problem('192.168.10.202 still answers');
@@ -108,17 +115,17 @@ function buildLab() {
   }
   mkdirSync(join(work, 'vmm/kvm'));
   // Stands for OpenNebula's stock scripts: `virsh create` and `virsh shutdown` become a veth pair on the bridge.
-  stock('deploy', [
-    'cat > "$1"',
-    'vm=$3',
+  const plug = [
     'address="192.168.122.$((vm + 1))"',
     `${IP} link add "one-$vm-0" mtu 65520 type veth peer name eth0 mtu 65520 address "02:00:c0:a8:7a:0$((vm + 1))" netns "one-$vm"`,
     `${IP} link set "one-$vm-0" master virbr1 up`,
     `${IP} -n "one-$vm" link set eth0 up`,
     `${IP} -n "one-$vm" address add "$address/24" dev eth0`,
     `${IP} -n "one-$vm" route add default via 192.168.122.1`,
-    'echo "00000000-0000-4000-8000-00000000000$vm"',
-  ]);
+  ];
+  stock('deploy', ['cat > "$1"', 'vm=$3', ...plug, 'echo "00000000-0000-4000-8000-00000000000$vm"']);
+  stock('restore', ['cat > /dev/null', 'vm=$4', ...plug]);
+  stock('save', ['cat > /dev/null', `exec ${IP} link delete "one-$4-0"`]);
   stock('shutdown', ['cat > /dev/null', `exec ${IP} link delete "one-$3-0"`]);
 }
 
@@ -138,12 +145,10 @@ function deploy(guest) {
   driver('deploy', [join(folder, 'deployment.0'), HOST, String(guest.vm), HOST], domain);
 }
 
-function shutdown(guest) {
-  driver(
-    'shutdown',
-    [`one-${guest.vm}`, HOST, String(guest.vm), HOST],
-    `<VMM_DRIVER_ACTION_DATA>${vmXml(guest)}</VMM_DRIVER_ACTION_DATA>`,
-  );
+/** Any action on a VM that is there. */
+function running(action, guest, args) {
+  const data = `<VMM_DRIVER_ACTION_DATA>${vmXml(guest)}</VMM_DRIVER_ACTION_DATA>`;
+  driver(action, [...args, String(guest.vm), HOST], data);
 }
 
 /** The call of one_vmm_exec: a here-document into the script, its arguments in single quotes. */

@@ -300,7 +300,7 @@ function refuseIfMapped(context: Context, call: OwnCall): Promise<Ending> {
   if (vm === undefined) return stock(context.stdin);
   throw new KvmIbError('unsupported', `Cannot ${call.action} VM ${vm.id}`, {
     why: `it has a NIC on a bridge of kvm-ib, and this version does not do ${call.action} for such a VM yet`,
-    fix: 'suspend or power it off, then migrate it: `onevm migrate` without --live',
+    fix: `migrate it without --live, which saves and restores it: onevm migrate ${vm.id} HOST`,
   });
 }
 

@@ -14,8 +14,8 @@ import { mappingsOf, wishOfDomain } from '../core/state.ts';
 import { apply } from './apply.ts';
 import type { Host } from './host.ts';
 import { observeBridge, observeMappings } from './observe.ts';
-import type { DomainView, SyncRequest, SyncResult } from './sync.ts';
-import { activeFile, nothingDone, sync, syncLocked, wishFor, withDomain } from './sync.ts';
+import type { DomainView, PendingFile, SyncRequest, SyncResult } from './sync.ts';
+import { activeFile, isPending, nothingDone, pendingBy, sync, syncLocked, wishFor, withDomain } from './sync.ts';
 
 export type VmOwner = Extract<Owner, { kind: 'vm' }>;
 
@@ -71,7 +71,7 @@ export function mark(host: Host, { owner, action, holder }: ActionRequest): Prom
 /** After `mark`, when the stock script succeeded: what the domain has now; nothing, when it has gone. */
 export function finish(host: Host, request: ActionRequest): Promise<SyncResult> {
   const { owner, action, holder } = request;
-  return withDomain(host, owner, `finish ${action} of ${ownerName(owner)}`, async (domain, file) => {
+  return withDomain(host, owner, holder, `finish ${action} of ${ownerName(owner)}`, async (domain, file) => {
     // Another action began meanwhile, and brings it right.
     if (otherUnderWay(host, file, holder)) return nothingDone(owner);
     if (domain.kind === 'inactive') return syncLocked(host, { owner, wish: [], action, holder });
@@ -134,7 +134,7 @@ async function activate(host: Host, file: StateFile): Promise<SyncResult> {
  * done when another action took over.
  */
 export function undo(host: Host, owner: VmOwner, holder: Holder, action: string): Promise<SyncResult> {
-  return withDomain(host, owner, `undo ${ownerName(owner)}`, async (domain, stored) => {
+  return withDomain(host, owner, holder, `undo ${ownerName(owner)}`, async (domain, stored) => {
     const file = pendingBy(stored, holder);
     if (file === undefined) return nothingDone(owner);
     const wish = wishAfterFailure(file, domain);
@@ -168,7 +168,7 @@ function wishAfterFailure(file: StateFile, domain: DomainState): readonly Mappin
  * meanwhile, nothing is released.
  */
 export function release(host: Host, { owner, action, holder }: Omit<ActionRequest, 'wish'>): Promise<SyncResult> {
-  return withDomain(host, owner, `${action} ${ownerName(owner)}`, async (domain, file) => {
+  return withDomain(host, owner, holder, `${action} ${ownerName(owner)}`, async (domain, file) => {
     const other = otherUnderWay(host, file, holder);
     if (other !== undefined) {
       host.store.write({ ...other, phase: { ...other.phase, overtaken: true } });
@@ -183,7 +183,7 @@ export function release(host: Host, { owner, action, holder }: Omit<ActionReques
 
 /** Releases a VM whose domain is not active, and nothing else: for state hooks, and after a stock script that failed. */
 export function settle(host: Host, owner: VmOwner, holder: Holder): Promise<SyncResult> {
-  return withDomain(host, owner, `settle ${ownerName(owner)}`, async (domain, file) => {
+  return withDomain(host, owner, holder, `settle ${ownerName(owner)}`, async (domain, file) => {
     if (file === undefined) return nothingDone(owner);
     if (domain.kind === 'unknown') {
       return nothingDone(owner, `libvirt does not answer: ${ownerName(owner)} is left to reconcile`);
@@ -199,19 +199,6 @@ function plain({ owner, action, holder, wish, detachedAliases = [] }: ActionRequ
 
 function viewOf({ owner, wish, keep = () => false }: ActionRequest): DomainView {
   return { vm: owner.vm, unmapped: wish.unmapped, attaching: wish.attaching, keep };
-}
-
-type PendingFile = StateFile & { readonly phase: Extract<StateFile['phase'], { name: 'pending' }> };
-
-function isPending(file: StateFile | undefined): file is PendingFile {
-  return file?.phase.name === 'pending';
-}
-
-/** The file, if it is this action's own. */
-function pendingBy(file: StateFile | undefined, holder: Holder): PendingFile | undefined {
-  if (!isPending(file)) return undefined;
-  const { pid, start: since, bootId } = file.phase.holder;
-  return pid === holder.pid && since === holder.start && bootId === holder.bootId ? file : undefined;
 }
 
 /** The file, if another action is at work on it. */

@@ -81,7 +81,7 @@ export async function sync(host: Host, request: SyncRequest): Promise<SyncResult
   const result =
     domain === undefined
       ? await host.withLock(who, () => syncLocked(host, request, probing))
-      : await withDomain(host, { kind: 'vm', vm: domain.vm }, who, (seen) =>
+      : await withDomain(host, { kind: 'vm', vm: domain.vm }, request.holder, who, (seen) =>
           syncLocked(
             host,
             { ...request, wish: (prior) => wishFor(request.wish, domain, macsOf(seen), prior) },
@@ -100,11 +100,13 @@ async function probeAhead(host: Host, wish: readonly Mapping[], probing: Probing
 
 /**
  * Runs `act` under the host lock with what libvirt says of a VM's domain. libvirt is asked before, so that one that is slow or
- * hangs holds nobody up; if an action came in between and changed the file, it is asked again.
+ * hangs holds nobody up. It is asked again if an action came in between and changed the file, or if another action's stock
+ * script may have changed the domain meanwhile.
  */
 export async function withDomain<T>(
   host: Host,
   owner: Extract<Owner, { kind: 'vm' }>,
+  holder: Holder,
   who: string,
   act: (domain: DomainState, file: StateFile | undefined) => Promise<T>,
 ): Promise<T> {
@@ -112,8 +114,23 @@ export async function withDomain<T>(
   const domain = await host.domains.state(owner.vm);
   return host.withLock(who, async () => {
     const file = host.store.read(owner);
-    return act(JSON.stringify(file) === before ? domain : await host.domains.state(owner.vm), file);
+    const isOthers = file?.phase.name === 'pending' && pendingBy(file, holder) === undefined;
+    const stands = JSON.stringify(file) === before && !isOthers;
+    return act(stands ? domain : await host.domains.state(owner.vm), file);
   });
+}
+
+export type PendingFile = StateFile & { readonly phase: Extract<Phase, { name: 'pending' }> };
+
+/** The file, if it is pending and waits for this process. */
+export function pendingBy(file: StateFile | undefined, holder: Holder): PendingFile | undefined {
+  if (!isPending(file)) return undefined;
+  const { pid, start, bootId } = file.phase.holder;
+  return pid === holder.pid && start === holder.start && bootId === holder.bootId ? file : undefined;
+}
+
+export function isPending(file: StateFile | undefined): file is PendingFile {
+  return file?.phase.name === 'pending';
 }
 
 function macsOf(domain: DomainState): ReadonlySet<Mac> | undefined {

@@ -95,13 +95,14 @@ const text = (age = 0, report = REPORT): string => formatStatus(report, { versio
 
 interface Answer {
   readonly lines: readonly string[];
+  /** Milliseconds of processor. */
   readonly took: number;
 }
 
 /** Runs it as monitord does: two arguments, configuration on stdin, an empty environment. */
 function run(shell: readonly string[], script: string): Answer {
   const [program = '', ...args] = shell;
-  const began = performance.now();
+  const began = childrenTime();
   const result = spawnSync(program, [...args, script, 'kvm', '3', 'kvmib01'], {
     input: '<MONITOR_CONFIGURATION/>',
     encoding: 'latin1',
@@ -109,7 +110,14 @@ function run(shell: readonly string[], script: string): Answer {
     timeout: 10_000,
   });
   expect({ status: result.status, stderr: result.stderr }).toEqual({ status: 0, stderr: '' });
-  return { lines: result.stdout.split('\n').slice(0, -1), took: performance.now() - began };
+  return { lines: result.stdout.split('\n').slice(0, -1), took: childrenTime() - began };
+}
+
+/** Milliseconds of processor that ended children of this process had, cutime and cstime of proc(5): what waiting does not count. */
+function childrenTime(): number {
+  const fields = readFileSync('/proc/self/stat', 'latin1').split(') ').at(-1)?.split(' ') ?? [];
+  const TICK_MS = 10;
+  return (Number(fields[16 - 3]) + Number(fields[17 - 3])) * TICK_MS;
 }
 
 function values(lines: readonly string[]): Readonly<Record<string, string>> {

@@ -285,6 +285,20 @@ describe('a deploy', () => {
     expect(host.store.read(owner)?.phase).toEqual({ name: 'active', bootId: BOOT });
   });
 
+  it('whose driver died as its domain came up is not released by what libvirt said just before', async () => {
+    await deploy();
+    host.dead.add(holder.pid);
+    const { state } = host.domains;
+    const comesUp = async (vm: number) => {
+      const before = await state(vm);
+      host.active = new Set([2]);
+      return before;
+    };
+    const late = { ...host, domains: { ...host.domains, state: comesUp } };
+    await release(late, { owner, action: 'cancel', holder: holderOf(78) });
+    expectHeld(mapping(2));
+  });
+
   it('that failed while its domain runs keeps its mapping, and says so', async () => {
     await deploy();
     host.active = new Set([2]);

@@ -51,6 +51,7 @@ async function run(): Promise<Ending> {
   const paths = pathsFrom(process.env);
   if (call.treatment === 'pass') return stock(await readStdin());
   if (call.treatment === 'repair-before') return repairBefore(paths, call);
+  if (call.treatment === 'release-after') return releaseAfter(paths, call);
   const context: Context = {
     config: readConfig(paths.config),
     store: createStore(paths.state),
@@ -63,8 +64,6 @@ async function run(): Promise<Ending> {
       return checkBefore(context, call);
     case 'sync-after':
       return call.action === 'reconfigure' ? followAfter(context, call) : unplug(context, call);
-    case 'release-after':
-      return releaseAfter(context, call);
     case 'refuse-if-mapped':
       return refuseIfMapped(context, call);
   }
@@ -117,7 +116,7 @@ async function syncBefore(context: Context, call: OwnCall): Promise<Ending> {
  * operator from a reset.
  */
 async function repairBefore(paths: Paths, call: OwnCall): Promise<Ending> {
-  const stdin = await readStdin();
+  const stdin = await readStdin({ mayBeEmpty: true });
   const engine = await repair(paths, call, stdin).catch((cause: unknown) =>
     complain(cause, 'The guest keeps what it has'),
   );
@@ -193,10 +192,15 @@ async function unplug(context: Context, call: OwnCall): Promise<Ending> {
   }
 }
 
-async function releaseAfter(context: Context, call: OwnCall): Promise<Ending> {
-  const vm = concernedVm(context, call);
-  const ending = await stock(context.stdin);
-  if (vm === undefined) return ending;
+/**
+ * shutdown, cancel and save: neither a broken configuration nor data that cannot be read keeps a VM from ending. What is to
+ * be released is known without them.
+ */
+async function releaseAfter(paths: Paths, call: OwnCall): Promise<Ending> {
+  const stdin = await readStdin({ mayBeEmpty: true });
+  const isOurs = maySomethingBeHeld(paths, call, stdin);
+  const ending = await stock(stdin);
+  if (!isOurs) return ending;
   const engine = startEngine();
   try {
     if (succeeded(ending)) {
@@ -211,6 +215,21 @@ async function releaseAfter(context: Context, call: OwnCall): Promise<Ending> {
     await engine.close();
   }
   return ending;
+}
+
+/** @throws KvmIbError `usage` when the data is that of another VM */
+function maySomethingBeHeld(paths: Paths, call: OwnCall, stdin: Buffer): boolean {
+  const store = createStore(paths.state);
+  try {
+    return concernedVm({ config: readConfig(paths.config), store, stdin }, call) !== undefined;
+  } catch (cause) {
+    const { code } = toKvmIbError(cause);
+    if (code !== 'bad-input' && code !== 'bad-config') throw cause;
+    const isHeld = heldBy(store, call.vmId) !== undefined;
+    // Of the configuration the engine complains, if there is something to release.
+    if (code === 'bad-input') complain(cause, `Only what VM ${call.vmId} holds here counts for ${call.action}`);
+    return isHeld;
+  }
 }
 
 /** Runs the stock script between an engine's answer and the verdict. */
@@ -304,7 +323,7 @@ function touches(config: Config, vm: Vm): boolean {
 
 function requireVm(vm: Vm, vmId: number): void {
   if (vm.id === vmId) return;
-  throw new KvmIbError('bad-input', `Cannot run ${action} for VM ${vmId}`, {
+  throw new KvmIbError('usage', `Cannot run ${action} for VM ${vmId}`, {
     why: `the VM data is that of VM ${vm.id}`,
     fix: 'let OpenNebula (one_vmm_exec) call it',
   });
@@ -374,14 +393,23 @@ function readVmXml(path: string): string {
     if (!stat.isFile() || stat.size > STDIN_LIMIT) {
       throw new KvmIbError('bad-input', `Cannot read ${path}`, { why: 'it is not a plain file, or too large' });
     }
+    if (stat.size === 0) {
+      throw new KvmIbError('bad-input', `Cannot read ${path}`, {
+        why: 'it is empty',
+        fix: "look above in the VM's log; OpenNebula before 6.6 lets the host's shell expand $ and backticks in values of the VM: encode a script in CONTEXT as START_SCRIPT_BASE64",
+      });
+    }
     return readFileSync(fd, 'latin1');
   } finally {
     closeSync(fd);
   }
 }
 
-/** All of standard input: bounded, and never waited for without end. */
-async function readStdin(): Promise<Buffer> {
+/**
+ * All of standard input: bounded, and never waited for without end. Before 6.6 it is empty when a value of the VM holds what the
+ * host's shell cannot expand (`$(` or a lone backtick): the here document that brings it was not quoted.
+ */
+async function readStdin({ mayBeEmpty = false } = {}): Promise<Buffer> {
   const broken = (why: string): KvmIbError =>
     new KvmIbError('bad-input', `Cannot read the standard input of ${action}`, {
       why,
@@ -421,7 +449,7 @@ async function readStdin(): Promise<Buffer> {
       clearTimeout(timer);
     }
   }
-  if (size === 0) throw broken('it is empty');
+  if (size === 0 && !mayBeEmpty) throw broken('it is empty');
   return Buffer.concat(chunks);
 }
 

@@ -4,14 +4,16 @@
  *
  * Where the domain is there, what libvirt says of it counts for more than what OpenNebula says.
  */
+import type { Ipv4 } from '../core/address.ts';
 import type { Mapping, Owner } from '../core/mapping.ts';
 import { domainName, ownerName, sameMapping } from '../core/mapping.ts';
+import type { ObservedBridge } from '../core/plan.ts';
 import { plan } from '../core/plan.ts';
 import type { DomainState, Holder, StateFile, VmWish } from '../core/state.ts';
 import { mappingsOf, wishOfDomain } from '../core/state.ts';
 import { apply } from './apply.ts';
 import type { Host } from './host.ts';
-import { observeMappings } from './observe.ts';
+import { observeBridge, observeMappings } from './observe.ts';
 import type { DomainView, PendingFile, SyncRequest, SyncResult } from './sync.ts';
 import { activeFile, isPending, nothingDone, pendingBy, sync, syncLocked, wishFor, withDomain } from './sync.ts';
 
@@ -98,9 +100,21 @@ export function commit(host: Host, owner: VmOwner, holder: Holder, wish: readonl
       if (wish.length > 0) host.store.write({ ...other, previous: wish });
       return nothingDone(owner);
     }
-    const isMissing = file === undefined && wish.length > 0 && (await host.domains.state(owner.vm)).kind === 'active';
-    return isMissing ? syncLocked(host, { owner, wish, action: 'commit', holder }) : nothingDone(owner);
+    if (file !== undefined) return nothingDone(owner);
+    if (wish.length === 0) return tendBridges(host, owner);
+    const isActive = (await host.domains.state(owner.vm)).kind === 'active';
+    return isActive ? syncLocked(host, { owner, wish, action: 'commit', holder }) : nothingDone(owner);
   });
+}
+
+/** A VM without a mapping, as one whose only NIC has IB_IP=none, has no file; but its taps are ports of our bridges. */
+async function tendBridges(host: Host, owner: VmOwner): Promise<SyncResult> {
+  const bridges: ObservedBridge[] = [];
+  for (const { bridge, device } of host.config.networks) bridges.push(await observeBridge(host, bridge, device));
+  const none = { guestToIb: new Map(), ibToGuest: new Map(), macs: new Set<string>(), unbound: new Set<Ipv4>() };
+  const changes = plan({ want: [], release: [] }, { ...none, aliases: [], bridges });
+  const { flushed, warnings } = await apply(host, changes);
+  return { owner: ownerName(owner), changes, flushed, warnings };
 }
 
 async function activate(host: Host, file: StateFile): Promise<SyncResult> {
@@ -161,7 +175,7 @@ export function release(host: Host, { owner, action, holder }: Omit<ActionReques
       return nothingDone(owner, `${other.phase.action} of ${ownerName(owner)} is under way and decides at its end`);
     }
     if (domain.kind === 'active') {
-      return nothingDone(owner, `${domainName(owner.vm)} is active again: its mappings stay`);
+      return nothingDone(owner, `${domainName(owner.vm)} is active: its mappings stay`);
     }
     return syncLocked(host, { owner, wish: [], action, holder });
   });

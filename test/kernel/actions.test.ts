@@ -78,6 +78,58 @@ const prereconfigure = (vm: TestVm) => call('prereconfigure', [UUID, 'sda'], vm)
 const reconfigure = (vm: TestVm) => call('reconfigure', [UUID, 'sda', '/disk.1'], vm);
 const reconcile = () => rig.cli(['reconcile']);
 
+describe('deploy', () => {
+  test('of a VM whose only NIC has IB_IP=none leaves nothing to reconcile: its tap is a port of our bridge all the same', async () => {
+    tool('/usr/sbin/ip', 'link', 'set', 'virbr1', 'type', 'bridge', 'nf_call_iptables', '1');
+    rig.behave(
+      `/usr/sbin/ip link add one-42-0 type veth peer name guest42 && /usr/sbin/ip link set one-42-0 master virbr1\n${livelyStock(libvirt)}`,
+    );
+    try {
+      const answer = await rig.deploy({ ...one, nics: one.nics.map((nic) => ({ ...nic, ibIp: 'none' })) });
+      expect(answer).toMatchObject({ status: 0, stdout: `${UUID}\n` });
+      expect(await rig.cli(['status', '--json'])).toMatchObject({ status: 0 });
+      expectMapped();
+    } finally {
+      tool('/usr/sbin/ip', 'link', 'set', 'virbr1', 'type', 'bridge', 'nf_call_iptables', '0');
+      tool('/usr/sbin/ip', 'link', 'del', 'one-42-0');
+    }
+  });
+});
+
+describe.each(['shutdown', 'cancel'])('%s', (action) => {
+  const end = (stdin: string) => rig.ssh(action, [UUID, HOST_NAME], 42, stdin);
+
+  test('of a VM whose data is cut off, as behind a line EOT in one of its values, ends and releases it', async () => {
+    await deployed();
+    const answer = await end(actionDataOf(one).slice(0, -200));
+    expect(answer.code).toBe(0);
+    expect(answer.stderr).toMatch(/^ERROR: kvm-ib: Cannot read the VM data [^\n]*\n$/);
+    expect(libvirt.domains().size).toBe(0);
+    expectMapped();
+  });
+
+  test('of a VM whose data did not come at all ends and releases it', async () => {
+    await deployed();
+    const answer = await rig.call(action, [UUID, HOST_NAME], 42);
+    expect(answer).toMatchObject({ status: 0, stdout: '' });
+    expect(answer.stderr).toMatch(/^ERROR: kvm-ib: Cannot read the VM data [^\n]*empty[^\n]*\n$/);
+    expectMapped();
+  });
+
+  test('is not held up by a broken configuration: what stays behind is released when it is mended', async () => {
+    await deployed();
+    const config = readFileSync(rig.config, 'latin1');
+    writeFileSync(rig.config, 'networks: [');
+    const answer = await end(actionDataOf(one));
+    expect(answer.code).toBe(0);
+    expect(answer.stderr).toMatch(/^ERROR: kvm-ib: Cannot use the configuration [^\n]*brings it right\n$/);
+    expect(libvirt.domains().size).toBe(0);
+    writeFileSync(rig.config, config);
+    expect((await reconcile()).status).toBe(0);
+    expectMapped();
+  });
+});
+
 describe('save', () => {
   const save = () => call('save', [UUID, join(rig.folder, 'checkpoint'), HOST_NAME], one);
 
@@ -196,6 +248,15 @@ describe.each(['reboot', 'reset'])('%s', (action) => {
     const answer = await run();
     expect(answer.code).toBe(0);
     expect(answer.stderr).toMatch(/^ERROR: kvm-ib: Cannot use the configuration [^\n]*The guest keeps what it has\n$/);
+    expect(rig.runs()).toContain(action);
+    expectMapped(NIC0);
+  });
+
+  test('is not held up by data that did not come', async () => {
+    await deployed();
+    const answer = await rig.call(action, [UUID, HOST_NAME], 42);
+    expect(answer).toMatchObject({ status: 0, stdout: '' });
+    expect(answer.stderr).toMatch(/^ERROR: kvm-ib: [^\n]*The guest keeps what it has\n$/);
     expect(rig.runs()).toContain(action);
     expectMapped(NIC0);
   });

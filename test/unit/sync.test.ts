@@ -234,6 +234,14 @@ describe('a deploy', () => {
     expect(host.kernel.ports).toEqual([{ bridge: 'virbr1', name: 'vnet2', hairpin: true }]);
   });
 
+  it('that maps nothing does the same for its taps, and writes no file', async () => {
+    host.kernel.callsIptables = true;
+    host.kernel.ports.push({ bridge: 'virbr1', name: 'vnet2', hairpin: false });
+    await commit(host, owner, holder);
+    expect(host.kernel.ports).toEqual([{ bridge: 'virbr1', name: 'vnet2', hairpin: true }]);
+    expect(host.store.read(owner)).toBeUndefined();
+  });
+
   it('that is undone leaves nothing', async () => {
     const before = snapshot(host);
     await deploy();

@@ -9,6 +9,8 @@ import type { Domains } from '../ops/host.ts';
 const VIRSH = ['/usr/bin/virsh', '--readonly', '--connect', 'qemu:///system'] as const;
 /** A hung libvirtd must not hold up an action, or the host lock, for longer than this. */
 const TIMEOUT_MS = 10_000;
+/** Domains that one virsh is asked about. */
+const AT_ONCE = 200;
 
 export function createDomains(exec: Exec): Domains {
   /** What a command printed; undefined when libvirt does not answer, or refuses. */
@@ -24,21 +26,50 @@ export function createDomains(exec: Exec): Domains {
     const names = await ask('list', '--name');
     return names === undefined ? undefined : new Set(lines(names));
   };
+  /** One program for many domains: virsh takes several commands as one argument, and each name is ours to write. */
+  const interfaces = async (vms: readonly number[]): Promise<ReadonlyMap<number, ReadonlySet<Mac>>> => {
+    const found = new Map<number, ReadonlySet<Mac>>();
+    for (let at = 0; at < vms.length; at += AT_ONCE) {
+      const batch = vms.slice(at, at + AT_ONCE);
+      const commands = batch.map((vm) => `echo ${domainName(vm)}; domiflist ${domainName(vm)}`);
+      const tables = tablesIn((await ask(commands.join('; '))) ?? '');
+      for (const vm of batch) {
+        const macs = tables.get(domainName(vm));
+        if (macs !== undefined) found.set(vm, macs);
+      }
+    }
+    return found;
+  };
   return {
     active,
     async state(vm): Promise<DomainState> {
       const names = await active();
       if (names === undefined) return { kind: 'unknown' };
       if (!names.has(domainName(vm))) return { kind: 'inactive' };
-      const interfaces = await ask('domiflist', domainName(vm));
-      return { kind: 'active', macs: interfaces === undefined ? undefined : macsIn(interfaces) };
+      return { kind: 'active', macs: (await interfaces([vm])).get(vm) };
     },
+    interfaces,
   };
 }
 
-/** The last word of each line that is a hardware address: `vnet0  bridge  virbr1  virtio  02:00:c0:a8:7a:02`. */
-function macsIn(table: string): ReadonlySet<Mac> {
-  return new Set(lines(table).flatMap((line) => tryParseMac(line.split(/\s+/).at(-1) ?? '') ?? []));
+/**
+ * The tables of `domiflist`, each behind the name of its domain. One with its heading says what the domain has, also
+ * nothing: `vnet0  bridge  virbr1  virtio  02:00:c0:a8:7a:02`. One without is an error that virsh has gone on after.
+ */
+function tablesIn(text: string): ReadonlyMap<string, ReadonlySet<Mac>> {
+  const tables = new Map<string, Set<Mac>>();
+  let name = '';
+  for (const line of lines(text)) {
+    const words = line.split(/\s+/);
+    const last = words.at(-1) ?? '';
+    if (words.length === 1 && /^one-[0-9]+$/.test(last)) name = last;
+    else if (words[0] === 'Interface' && last === 'MAC') tables.set(name, new Set());
+    else {
+      const mac = tryParseMac(last);
+      if (mac !== undefined) tables.get(name)?.add(mac);
+    }
+  }
+  return tables;
 }
 
 function lines(text: string): readonly string[] {

@@ -1,5 +1,5 @@
 /** Everything that an operation needs of the host it works on, behind one interface: handed in, never imported. */
-import type { Ipv4 } from '../core/address.ts';
+import type { Ipv4, Mac } from '../core/address.ts';
 import type { Config, Owner } from '../core/mapping.ts';
 import type { TableRecord } from '../core/served.ts';
 import type { DomainState, Holder, StateFile } from '../core/state.ts';
@@ -46,6 +46,8 @@ export interface Domains {
   active(): Promise<ReadonlySet<string> | undefined>;
   /** One VM's domain, and the interfaces that it has. */
   state(vm: number): Promise<DomainState>;
+  /** Hardware addresses of the interfaces of active domains, by VM; without an entry libvirt did not say. */
+  interfaces(vms: readonly number[]): Promise<ReadonlyMap<number, ReadonlySet<Mac>>>;
 }
 
 export interface Processes {

@@ -70,8 +70,13 @@ export async function readIntent(host: Host): Promise<Intent> {
   const { files: stored, unreadable } = host.store.all();
   const vms = stored.some((file) => file.owner.kind === 'vm');
   const active = vms ? await host.domains.active() : new Set<string>();
-  const entries: Entry[] = [];
-  for (const file of stored) entries.push(await ofDomain(host, entryOf(host, file, active)));
+  const read = stored.map((file) => entryOf(host, file, active));
+  const running = read.flatMap(({ file, verdict, running: is }) =>
+    file.owner.kind === 'vm' && verdict === 'keep' && is ? [file.owner.vm] : [],
+  );
+  const interfaces =
+    running.length === 0 ? new Map<number, ReadonlySet<Mac>>() : await host.domains.interfaces(running);
+  const entries = read.map((entry) => ofDomain(entry, interfaces));
   const unread = new Set(unreadable.map(({ path }) => path.slice(path.lastIndexOf('/') + 1)));
   for (const [owner, mapping] of statics(host)) {
     // Its file is there and cannot be read: what it says is not known, so it is not written over.
@@ -109,16 +114,20 @@ function entryOf(host: Host, file: StateFile, active: ReadonlySet<string> | unde
   return { file, stored: file, verdict, why: reason(file, verdict, alive), running };
 }
 
-/** What an action that ended half-way meant to do is not what the domain has: of a VM that runs, libvirt says. */
-async function ofDomain(host: Host, entry: Entry): Promise<Entry> {
+/**
+ * A running VM keeps what its domain has NICs for. The rest goes: of an action that ended half-way, of a NIC that the guest let go
+ * late or somebody detached by hand.
+ */
+function ofDomain(entry: Entry, interfaces: ReadonlyMap<number, ReadonlySet<Mac>>): Entry {
   const { file, verdict } = entry;
-  if (file.owner.kind !== 'vm' || file.phase.name !== 'pending' || verdict !== 'keep') return entry;
-  const domain = await host.domains.state(file.owner.vm);
-  if (domain.kind !== 'active' || domain.macs === undefined) return entry;
+  const macs = file.owner.kind === 'vm' && verdict === 'keep' ? interfaces.get(file.owner.vm) : undefined;
+  if (macs === undefined) return entry;
   const wish = { mappings: file.mappings, unmapped: [], attaching: [] };
-  const mappings = wishOfDomain(wish, mappingsOf(file), domain.macs);
+  const mappings = wishOfDomain(wish, mappingsOf(file), macs);
+  if (mappings.length === file.mappings.length && mappings.every((m) => file.mappings.includes(m))) return entry;
   if (mappings.length === 0) return { ...entry, verdict: 'release', why: 'its domain has none of these NICs' };
-  return { ...entry, file: { ...file, mappings, leftovers: mappingsOf(file) } };
+  const why = 'its domain has not the same NICs';
+  return { ...entry, file: { ...file, mappings, leftovers: mappingsOf(file) }, why };
 }
 
 function reason(file: StateFile, verdict: Verdict, holderAlive: boolean): string {

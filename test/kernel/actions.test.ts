@@ -593,6 +593,13 @@ describe('an external alias', () => {
   });
 });
 
+test('a NIC that the guest lets go late, or that is detached by hand, is gone after one reconcile', async () => {
+  await deployed(two);
+  libvirt.set(42, [MAC2]);
+  expect((await reconcile()).status).toBe(0);
+  expectMapped(NIC0);
+});
+
 describe('snapshot_revert', () => {
   const revert = (vm: TestVm) => call('snapshot_revert', [UUID, 'snap-0'], vm);
 

@@ -6,7 +6,7 @@ import { mkdtempSync, readdirSync, readlinkSync, rmSync } from 'node:fs';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { afterAll } from 'vitest';
-import type { Ipv4, LinkName } from '../../lib/core/address.ts';
+import type { Ipv4, LinkName, Mac } from '../../lib/core/address.ts';
 import { ipv4Bytes, macBytes, parseIpv4, parseLinkName, parseMac, tryParseRange } from '../../lib/core/address.ts';
 import { resolveMapping } from '../../lib/core/config.ts';
 import { KvmIbError } from '../../lib/core/errors.ts';
@@ -223,6 +223,7 @@ export function createFakeHost(config: Config, options: FakeHostOptions = {}): F
         log.push(`domain ${vm}`);
         return stateOf(host, vm);
       },
+      interfaces: async (vms) => interfacesOf(host, vms),
     },
     processes: { isAlive: (holder) => !dead.has(holder.pid), bootId: () => host.bootId },
     withLock: (_, act) => {
@@ -241,6 +242,19 @@ export function stateOf({ active, interfaces }: Pick<FakeHost, 'active' | 'inter
   if (!active.has(vm)) return { kind: 'inactive' };
   const macs = interfaces.get(vm);
   return { kind: 'active', macs: macs && new Set(macs.map((mac) => parseMac(mac))) };
+}
+
+/** What `Domains.interfaces` says of it. */
+export function interfacesOf(
+  host: Pick<FakeHost, 'active' | 'interfaces'>,
+  vms: readonly number[],
+): ReadonlyMap<number, ReadonlySet<Mac>> {
+  const states = vms.map((vm) => [vm, stateOf(host, vm)] as const);
+  return new Map(
+    states.flatMap(([vm, state]) =>
+      state.kind === 'active' && state.macs !== undefined ? [[vm, state.macs] as const] : [],
+    ),
+  );
 }
 
 /** The same host after its process ended and another began: same kernel, same files. */

@@ -14,7 +14,7 @@ import { createNftEngine } from '../../lib/nat/nft.ts';
 import { createNft } from '../../lib/nftables-json/index.ts';
 import type { Host } from '../../lib/ops/host.ts';
 import type { FakeFlow } from './fake-host.ts';
-import { BOOT, CONFIG, stateOf, temporaryDirectory } from './fake-host.ts';
+import { BOOT, CONFIG, interfacesOf, stateOf, temporaryDirectory } from './fake-host.ts';
 import type { HostUnderTest } from './host-conformance.ts';
 import { requireOwnNetns } from './netns.ts';
 
@@ -149,6 +149,7 @@ export async function createRealHost(config: Config = CONFIG, directory = tempor
     domains: {
       active: async () => (host.active === undefined ? undefined : new Set([...host.active].map((vm) => `one-${vm}`))),
       state: async (vm) => stateOf(host, vm),
+      interfaces: async (vms) => interfacesOf(host, vms),
     },
     processes: { isAlive: (holder) => !dead.has(holder.pid), bootId: () => BOOT },
     withLock: (who, act) => withLock(store.lockPath, { timeoutMs: 5_000, who }, act),

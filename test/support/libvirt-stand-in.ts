@@ -36,16 +36,24 @@ export function startLibvirtStandIn(folder: string): LibvirtStandIn {
 cd '${domains}' || exit 1
 # --readonly --connect URI COMMAND ...
 shift 3
+one() {
+  case $1 in
+    list) ls; echo ;;
+    echo) echo "$2" ;;
+    domiflist)
+      [ -e "$2" ] || { echo "error: failed to get domain '$2'" >&2; return 1; }
+      echo ' Interface   Type     Source   Model    MAC'
+      echo '-------------------------------------------------------------'
+      while read -r mac; do echo " vnet0       bridge   virbr1   virtio   $mac"; done < "$2"
+      echo
+      ;;
+    *) return 1 ;;
+  esac
+}
 case $1 in
-  list) ls; echo ;;
-  domiflist)
-    [ -e "$2" ] || { echo "error: failed to get domain '$2'" >&2; exit 1; }
-    echo ' Interface   Type     Source   Model    MAC'
-    echo '-------------------------------------------------------------'
-    while read -r mac; do echo " vnet0       bridge   virbr1   virtio   $mac"; done < "$2"
-    echo
-    ;;
-  *) exit 1 ;;
+  # Several commands in one argument: an error does not end them, and the last one's status counts.
+  *';'*) IFS=';'; for command in $1; do IFS=' '; one $command; done ;;
+  *) one "$@" ;;
 esac
 `,
     { mode: 0o755 },

@@ -119,6 +119,30 @@ describe('a VM', () => {
     expect(host.store.read(vmOwner(3))?.phase).toEqual({ name: 'active', bootId: BOOT });
   });
 
+  it('loses what its domain has no NIC for, detached by hand or let go late, and only that', async () => {
+    const [first, second] = [mapping(2), mapping(3, { vm: 2, nic: 1 })];
+    await sync(host, request(vmOwner(2), [first, second]));
+    host.active = new Set([2]);
+    expect(await reconcile(host)).toMatchObject({ changes: [], released: [] });
+    host.interfaces.set(2, [first.mac ?? '']);
+    expect((await status(host)).drift.length).toBeGreaterThan(0);
+    expect(await reconcile(host)).toMatchObject({ released: [], errors: [] });
+    expectHeld(first);
+    expect((await status(host)).ok).toBe(true);
+    host.interfaces.set(2, []);
+    expect(await reconcile(host)).toMatchObject({ released: ['vm-2'], errors: [] });
+    expectHeld();
+  });
+
+  it('keeps a mapping that was made without a MAC, whatever NICs its domain has', async () => {
+    const bare = mapping(2, { mac: null });
+    await sync(host, request(vmOwner(2), [bare]));
+    host.active = new Set([2]);
+    host.interfaces.set(2, []);
+    expect(await reconcile(host)).toMatchObject({ changes: [], released: [] });
+    expectHeld(bare);
+  });
+
   it('whose action died is left alone while libvirt does not answer', async () => {
     await deploy(mapping(2), 50);
     host.dead.add(50);

@@ -18,7 +18,7 @@ import type { Vm } from '../opennebula/action-data.ts';
 import { HOTPLUG_NIC_POWEROFF, mayTouchBridges, parseActionData, parseVm } from '../opennebula/action-data.ts';
 import type { ActionWish, Held } from '../opennebula/action-wish.ts';
 import { wishOfAction } from '../opennebula/action-wish.ts';
-import type { OwnCall } from '../opennebula/contract.ts';
+import type { KnownAction, OwnCall } from '../opennebula/contract.ts';
 import { failureMessage, failureText, logText, parseActionCall } from '../opennebula/contract.ts';
 import type { Store } from '../ops/host.ts';
 import type { Engine, WishMessage } from './engine-client.ts';
@@ -29,6 +29,8 @@ import { endLike, runStock, succeeded } from './stock.ts';
 const STDIN_LIMIT = 64 * 1024 * 1024;
 const STDIN_TIMEOUT_MS = millisecondsFrom(process.env['KVM_IB_STDIN_TIMEOUT_MS']) ?? 60_000;
 
+/** Actions that give a VM no new mapping, but for an alias of a NIC that holds one. */
+const TAKING: readonly KnownAction[] = ['detach_nic', 'prereconfigure', 'reconfigure', 'snapshot_revert'];
 const NOTHING_HELD: Held = { mappings: [], detachedAliases: [] };
 
 interface Context {
@@ -289,7 +291,14 @@ function concernedVm({ config, store, stdin }: Context, call: OwnCall): Vm | und
   const data = stdin.toString('latin1');
   const held = heldBy(store, call.vmId);
   if (held === undefined && isForeign(config, data, 'VMM_DRIVER_ACTION_DATA')) return undefined;
-  const { vm } = parseActionData(data);
+  let vm: Vm;
+  try {
+    ({ vm } = parseActionData(data));
+  } catch (cause) {
+    // Where nothing is held and none is attached there is nothing to lose: not ours to judge.
+    if (held === undefined && TAKING.includes(call.action)) return undefined;
+    throw cause;
+  }
   requireVm(vm, call.vmId);
   if (held === undefined && !touches(config, vm)) return undefined;
   return vm.lcmState === HOTPLUG_NIC_POWEROFF ? undefined : vm;

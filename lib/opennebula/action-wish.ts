@@ -8,8 +8,9 @@
  * VirtualMachineContext.cc of 6.0.0 to 7.4.0). A VM without network context has no such variables; there an alias that is in effect
  * goes, and one that is not comes, unless it went before, since oned never gives a NIC_ID again.
  */
+import { rangeContains, tryParseIpv4 } from '../core/address.ts';
 import { networkOfBridge } from '../core/config.ts';
-import type { KvmIbError } from '../core/errors.ts';
+import { KvmIbError } from '../core/errors.ts';
 import type { Config, Mapping } from '../core/mapping.ts';
 import type { Nic, NicAlias, Vm } from './action-data.ts';
 import type { KnownAction } from './contract.ts';
@@ -36,7 +37,10 @@ export interface ActionWish extends Wish {
 /** Actions before which the VM has no domain here, or a domain that wakes up: all or nothing. */
 const STARTING: readonly KnownAction[] = ['deploy', 'restore'];
 
-/** @throws KvmIbError as `wishedMappings`, for the NIC that the action attaches and for a VM that is started */
+/**
+ * @throws KvmIbError as `wishedMappings`, for the NIC that the action attaches and for a VM that is started; `conflict` for an
+ *   alias that cannot come into effect
+ */
 export function wishOfAction(config: Config, vm: Vm, action: KnownAction, held: Held): ActionWish {
   const without = new Set<number>();
   const attaching: number[] = [];
@@ -65,7 +69,26 @@ export function wishOfAction(config: Config, vm: Vm, action: KnownAction, held: 
       faults.push(faultNote(error));
     },
   });
+  if (action === 'prereconfigure') refuseIdleAlias(config, vm, attachedAliases, wish.mappings);
   return { ...wish, notes: [...wish.notes, ...faults], keep, attaching, attachedAliases, detachedAliases };
+}
+
+/**
+ * An alias in the IB range that would not come into effect, because its NIC has another: the user would see an address that
+ * leads nowhere. One that is attached before the VM starts is left aside with a note; here there is somebody to tell.
+ */
+function refuseIdleAlias(config: Config, vm: Vm, attached: readonly number[], mappings: readonly Mapping[]): void {
+  for (const alias of vm.aliases.filter((one) => one.external && attached.includes(one.nic))) {
+    const parent = mappings.find((m) => m.nic === alias.parentId);
+    const network = config.networks.find((one) => one.device === parent?.device && one.bridge === parent.bridge);
+    const address = tryParseIpv4(alias.ip ?? '');
+    if (parent === undefined || network === undefined || address === undefined) continue;
+    if (address === parent.address || !rangeContains(network.addresses, address)) continue;
+    throw new KvmIbError('conflict', `Cannot attach the alias ${alias.nic} to NIC ${parent.nic} of VM ${vm.id}`, {
+      why: `the NIC has the IB address ${parent.address} by another external alias, and one NIC has one IB address`,
+      fix: `detach that alias first (onevm show ${vm.id}), or attach a further NIC for ${address}`,
+    });
+  }
 }
 
 function isLeaving(vm: Vm, alias: NicAlias, held: Held): boolean {

@@ -628,6 +628,24 @@ describe('snapshot_revert', () => {
   });
 });
 
+test.each(['detach_nic', 'prereconfigure', 'reconfigure', 'snapshot_revert'])(
+  '%s of a VM that holds nothing passes with data that cannot be read, and of one that holds something is refused',
+  async (action) => {
+    const args = action === 'detach_nic' ? [UUID, MAC2] : [UUID, 'sda', '/disk.1'];
+    rig.behave('cat > "$record/$action.stdin"; exit 5');
+    expect(await rig.ssh(action, args, 43, '<VMM_DRIVER_ACTION_DATA><VM>')).toMatchObject({
+      code: 5,
+      stdout: '',
+      stderr: '',
+    });
+    rig.behave(livelyStock(libvirt));
+    await deployed();
+    const answer = await rig.ssh(action, args, 42, '<VMM_DRIVER_ACTION_DATA><VM>');
+    expect(answer).toMatchObject({ code: 2, stderr: expect.stringMatching(ONE_LINE) });
+    expectMapped(NIC0);
+  },
+);
+
 describe('actions that meet', () => {
   test('a shutdown that ends after the VM was cancelled and deployed anew leaves the new one mapped', async () => {
     await deployed();

@@ -80,6 +80,17 @@ describe('the marked alias', () => {
     expect(wish('reconfigure', bare, { ...held(first), detachedAliases: [2] }).addresses[0]).toBe('0 192.168.10.202');
   });
 
+  it('is refused where it would not come into effect, as long as there is somebody to tell', async () => {
+    const another = { ...alias, id: 4, aliasId: 1, ip: '192.168.10.207' };
+    const second = vm({ aliases: [{ ...alias, attach: false }, another], context: { leaving: [] } });
+    const error = await failureOf(Promise.resolve().then(() => wish('prereconfigure', second, inEffect)));
+    expect(error).toMatchObject({ code: 'conflict', message: 'Cannot attach the alias 4 to NIC 0 of VM 42' });
+    expect(error.why).toContain('192.168.10.208');
+    expect(wish('deploy', second).notes.join()).toContain('one IB address');
+    const elsewhere = vm({ aliases: [{ ...another, ip: '10.9.9.9' }], context: { leaving: [] } });
+    expect(wish('prereconfigure', elsewhere, held(first)).attachedAliases).toEqual([4]);
+  });
+
   it('is not there for detach_nic, which follows a failed attach, nor for attach_nic', () => {
     for (const action of ['detach_nic', 'attach_nic'] as const) {
       expect(wish(action, coming, inEffect).addresses[0]).toBe('0 192.168.10.202');

@@ -101,8 +101,14 @@ const EXAMPLE: Network = {
 const COMMON_MTU = 2044;
 
 export function addInstallCommands(program: Command, shell: Shell): void {
-  const install = program.command('install').description('Put kvm-ib in place');
-  const uninstall = program.command('uninstall').description('Take kvm-ib off, all of it');
+  const install = program
+    .command('install')
+    .description('Put kvm-ib in place')
+    .addHelpText('before', 'Examples:\n  kvm-ib install host --dry-run\n  kvm-ib install front-end --dry-run\n');
+  const uninstall = program
+    .command('uninstall')
+    .description('Take kvm-ib off, all of it')
+    .addHelpText('before', 'Examples:\n  kvm-ib uninstall host --dry-run\n  kvm-ib uninstall front-end --dry-run\n');
   const root = ['--root <dir>', 'a directory that stands for /: files only, nothing is run', '/'] as const;
   shell
     .command(

@@ -45,7 +45,7 @@ interface CommonOptions {
 const EXIT_CODES = `
 Exit codes:
   0  done                                    5  not permitted
-  1  failed, and nothing changed             6  the host lacks something
+  1  failed (reconcile: the rest was done)   6  the host lacks something
   2  wrong use or bad configuration          7  the host lock was not obtained
   3  drift found (status)                    8  failed, and undoing it failed too
   4  conflict: the address has another owner
@@ -60,12 +60,32 @@ let exitStatus: ExitStatus = EXIT.done;
 let asJson = false;
 const colour = wantsColour(process.stdout, process.env);
 
+// `kvm-ib list | head`: whoever reads may stop reading. What was begun goes on to its end, unheard.
+for (const stream of [process.stdout, process.stderr]) {
+  stream.on('error', (error: NodeJS.ErrnoException) => {
+    // Nobody can be told of any other either; the exit status says that something went wrong.
+    if (error.code !== 'EPIPE') process.exitCode = EXIT.failed;
+  });
+}
+
 try {
-  if (!(await repeatAnnouncements(process.argv))) await program().parseAsync(process.argv);
+  if (!(await repeatAnnouncements(process.argv))) {
+    const root = program();
+    refuseUnknownCommand(root, ...process.argv.slice(2));
+    await root.parseAsync(process.argv);
+  }
 } catch (cause) {
   exitStatus = report(cause);
 }
 process.exitCode = exitStatus;
+
+/** commander shows the general help, with success, for `kvm-ib nonsense --help`. */
+function refuseUnknownCommand(root: Command, word?: string, ...rest: readonly string[]): void {
+  if (word === undefined || word.startsWith('-')) return;
+  const known = root.commands.find((one) => one.name() === word);
+  if (known === undefined && word !== 'help') root.error(`error: unknown command '${printable(word, 40)}'`);
+  if (known !== undefined && known.commands.length > 0) refuseUnknownCommand(known, ...rest);
+}
 
 function program(): Command {
   const root = new Command('kvm-ib')
@@ -122,7 +142,7 @@ function program(): Command {
   command(
     root,
     'status',
-    'Compare configuration, files and kernel',
+    'Compare configuration, files and kernel: exit code 3 when they differ; also names mappings of an older configuration',
     [],
     ['kvm-ib status', 'kvm-ib status --json'],
   ).action(showStatus);
@@ -146,7 +166,10 @@ function program(): Command {
     .addOption(new Option('--vm <id>', 'all of this VM').conflicts('all'))
     .option('--all', 'every alias of kvm-ib that is on its link')
     .action(runAnnounce);
-  const config = root.command('config').description('The configuration');
+  const config = root
+    .command('config')
+    .description('The configuration')
+    .addHelpText('before', 'Examples:\n  kvm-ib config check\n');
   command(
     config,
     'check',
@@ -379,7 +402,8 @@ async function showStatus(options: CommonOptions): Promise<void> {
 function showOutdated(outdated: readonly Outdated[]): void {
   if (outdated.length === 0) return;
   const count = outdated.length === 1 ? '1 mapping is' : `${outdated.length} mappings are`;
-  out(`${count} of an older configuration; it works as before until it ends:\n`);
+  const goesOn = outdated.length === 1 ? 'it works as before until it ends' : 'they work as before until they end';
+  out(`${count} of an older configuration; ${goesOn}:\n`);
   for (const { owner, nic, guest, address, device, bridge, now, why, ends } of outdated) {
     const given = now === null ? `nothing: ${printable(why ?? '')}` : `${now.address} on ${now.device}, ${now.bridge}`;
     out(`  ${owner}${nic === null ? '' : ` NIC ${nic}`}: ${guest} <-> ${address} on ${device}, ${bridge}\n`);

@@ -60,7 +60,7 @@ export function readConfigText(file: string): string {
     }
     throw new KvmIbError('bad-config', `Cannot read the configuration ${file}`, {
       why: code === 'ENOENT' ? 'the file is not there' : String((cause as Error).message),
-      fix: 'write it (docs/install.md has an example), then run `kvm-ib config check`',
+      fix: 'write it (docs/install.md has an example), or bring one: kvm-ib install host --config FILE; then run `kvm-ib config check`',
       cause,
     });
   }

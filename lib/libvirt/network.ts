@@ -104,6 +104,16 @@ export function libvirtName(network: Pick<Network, 'name'>): string {
   return `kvm-ib-${network.name}`;
 }
 
+/**
+ * What the firewall rules do that libvirt 9 adds for a network with this forward mode (tried): with `open` and with modes in which
+ * libvirt makes no bridge there are none; with `route` the network's own subnet passes and all else is rejected; `nat` and
+ * `isolated`, which stands for a network without <forward>, cut guests off from the IPoIB link.
+ */
+export function rulesOfForwardMode(mode: string): 'none' | 'own-subnet' | 'in-the-way' {
+  if (mode === 'route') return 'own-subnet';
+  return ['open', 'bridge', 'private', 'vepa', 'passthrough', 'hostdev'].includes(mode) ? 'none' : 'in-the-way';
+}
+
 /** Prefix length of the smallest subnet that holds a bridge address and all guests: the one that `networkXml` takes. */
 export function subnetOf(network: Network, bridgeAddress: Ipv4): number {
   const own = ipv4ToNumber(bridgeAddress);

@@ -60,7 +60,7 @@ export async function checkConfig(
       network: null,
       what: 'IPv4 forwarding is off',
       why: 'the host routes between the bridge and the IPoIB link',
-      fix: 'install rulesets/sysctl.d/60-kvm-ib.conf and run `sysctl --system`',
+      fix: 'kvm-ib install host puts the setting in place; at once: sysctl -w net.ipv4.ip_forward=1',
     });
   }
   if (sysctls.read('net.netfilter.nf_conntrack_tcp_loose') === '0') {
@@ -70,7 +70,7 @@ export async function checkConfig(
       network: null,
       what: 'nf_conntrack_tcp_loose is 0',
       why: 'established connections will not survive a live migration to this host',
-      fix: 'install rulesets/sysctl.d/60-kvm-ib.conf and run `sysctl --system`',
+      fix: 'kvm-ib install host puts the setting in place; at once: sysctl -w net.netfilter.nf_conntrack_tcp_loose=1',
     });
   }
   return findings;

@@ -129,10 +129,10 @@ export function frontEndNotes(
   const optional = (title: string, ...lines: readonly string[]): void => note(`Optional. ${title}`, ...lines);
   const one = (command: string): string => `runuser -u ${FRONT_END_USER} -- ${command}`;
   /** A template, and how it is handed to OpenNebula. */
-  const create = (command: string, name: string, text: string): readonly string[] =>
+  const create = (command: string, name: string, text: string, more = ''): readonly string[] =>
     facts.templates === null
-      ? [`# ${name}; then: ${one(`${command} ${name}`)}`, text]
-      : [one(`${command} ${facts.templates}/${name}`)];
+      ? [`# ${name}; then: ${one(`${command} ${name}${more}`)}`, text]
+      : [one(`${command} ${facts.templates}/${name}${more}`)];
 
   const registered = isRegistered(facts.onedConf);
   if (!registered) {
@@ -148,12 +148,12 @@ export function frontEndNotes(
   const snapshots = liveSnapshotsLine(facts.version, facts);
   if (snapshots !== undefined) {
     optional(
-      `For live disk snapshots, this line of ${VMM_EXECRC}`,
+      `For live disk snapshots, this line of ${VMM_EXECRC}; it needs a restart of OpenNebula`,
       snapshots,
       '# Live disk-saveas stays out of reach: OpenNebula asks there for a driver called kvm.',
     );
   }
-  const restart = !(registered && snapshots === undefined);
+  const restart = !registered;
   step(
     `${restart ? 'Restart OpenNebula, then copy the driver' : 'Copy the driver'} to the hosts: ${describeSize(size)} more than without kvm-ib`,
     ...(restart ? ['systemctl restart opennebula'] : []),
@@ -161,6 +161,8 @@ export function frontEndNotes(
   );
   step(
     'Create each host, in a cluster of its own: at a migration OpenNebula uses the driver of the destination',
+    `${one('onecluster create CLUSTER')}                     # unless it is there`,
+    `${one('onecluster adddatastore CLUSTER DATASTORE')}     # the image and system datastores of its VMs`,
     one(`onehost create HOST -i kvm -v ${DRIVER} -c CLUSTER`),
   );
   if (!facts.networksConfigured) {
@@ -177,11 +179,11 @@ export function frontEndNotes(
   for (const { network, options } of facts.networks) {
     step(
       `Create the virtual network of the guests, with VN_MAD "dummy": stock "bridge" deletes ${network.bridge} with the last guest of a host`,
-      ...create('onevnet create', `${network.name}-guests.net`, guestNetworkTemplate(network, options)),
+      ...create('onevnet create', `${network.name}-guests.net`, guestNetworkTemplate(network, options), ' -c CLUSTER'),
     );
     optional(
       'For users to see and choose IB addresses: a virtual network that leases them to external aliases of a NIC',
-      ...create('onevnet create', `${network.name}-addresses.net`, addressNetworkTemplate(network)),
+      ...create('onevnet create', `${network.name}-addresses.net`, addressNetworkTemplate(network), ' -c CLUSTER'),
     );
     note('A VM template then has (the second line only with the optional network)', nicExample(network, facts.version));
   }

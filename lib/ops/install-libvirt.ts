@@ -2,7 +2,7 @@
 import { bridgeAddress } from '../core/config.ts';
 import type { Network } from '../core/mapping.ts';
 import type { LibvirtNetwork } from '../libvirt/network.ts';
-import { libvirtName, networkXml } from '../libvirt/network.ts';
+import { libvirtName, networkXml, rulesOfForwardMode } from '../libvirt/network.ts';
 import type { Item, Note, Step } from './install.ts';
 
 const VIRSH = ['/usr/bin/virsh', '--connect', 'qemu:///system'] as const;
@@ -52,7 +52,7 @@ export function planLibvirt(networks: readonly Network[], facts: LibvirtFacts, d
     const mtu = facts.mtus.get(network.device);
     if (owner !== undefined) {
       const mode = owner.forward ?? 'isolated';
-      if (mode === 'nat' || mode === 'isolated') {
+      if (rulesOfForwardMode(mode) === 'in-the-way') {
         note(
           `libvirt's network ${owner.name} has the bridge ${network.bridge}, with the wrong forward mode: ${mode}`,
           'libvirt adds rules for it that reject what goes between bridge and IPoIB link. It is left as it is. With no guest on it:',

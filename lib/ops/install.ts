@@ -100,7 +100,7 @@ export function planInstall(items: readonly Item[], look: Observation): readonly
     if (item.keep === 'always') {
       // The example differs from every real one, and nobody asked for it.
       const asked = 'text' in item.source && (seen.kind === 'link' || seen.sha256 !== wanted);
-      return asked ? make('!', 'kept: the configuration is never overwritten') : make('=');
+      return asked ? make('!', 'kept: the configuration is never overwritten') : { ...make('='), size: null };
     }
     if (seen.kind === 'link') {
       return item.keep === 'ours' ? make('~', 'it was a symbolic link') : make('!', 'kept: it is a symbolic link');

@@ -4,6 +4,7 @@
  */
 import type { Exec } from '../core/exec.ts';
 import type { Network } from '../core/mapping.ts';
+import { rulesOfForwardMode } from '../libvirt/network.ts';
 import type { Finding } from './check.ts';
 
 const NFT = '/usr/sbin/nft';
@@ -26,7 +27,7 @@ export async function obstacles(
   for (const { name, xml } of await libvirtNetworks(exec)) {
     const network = networks.find((candidate) => bridgeOf(xml) === candidate.bridge);
     const mode = forwardMode(xml);
-    if (network !== undefined && mode !== 'open') libvirt.push(libvirtFinding(network, name, mode));
+    if (network !== undefined && rulesOfForwardMode(mode) !== 'none') libvirt.push(libvirtFinding(network, name, mode));
   }
   return [...policies, ...libvirt];
 }
@@ -79,11 +80,14 @@ function policyFinding(network: Network, chain: DroppingChain): Finding {
 
 function libvirtFinding(network: Network, name: string, mode: string): Finding {
   return {
-    level: 'error',
+    level: rulesOfForwardMode(mode) === 'in-the-way' ? 'error' : 'warning',
     code: 'host-lacks',
     network: network.name,
     what: `the libvirt network ${name} on ${network.bridge} has forward mode ${mode}`,
-    why: 'libvirt then adds firewall rules that reject or masquerade what crosses the bridge',
+    why:
+      rulesOfForwardMode(mode) === 'in-the-way'
+        ? 'libvirt then adds firewall rules that reject or masquerade what crosses the bridge'
+        : "libvirt then adds firewall rules that let the network's own subnet pass and reject all else",
     fix: `define it anew with forward mode open: kvm-ib network-xml --network ${network.name}`,
   };
 }

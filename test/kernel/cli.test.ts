@@ -6,7 +6,7 @@ import { afterAll, beforeAll, beforeEach, describe, expect, test } from 'vitest'
 import { EXIT } from '../../lib/core/errors.ts';
 import { parsed, replaced, withDomains } from '../support/cli.ts';
 import type { Result, Rig } from '../support/driver.ts';
-import { CONFIG, createRig, LINK_MTU, testVm, tool } from '../support/driver.ts';
+import { CONFIG, createRig, LINK_MTU, run, testVm, tool } from '../support/driver.ts';
 import { requireOwnNetns } from '../support/netns.ts';
 
 requireOwnNetns();
@@ -69,7 +69,25 @@ describe('help', () => {
     expect(codes.sort()).toEqual(Object.values(EXIT).map(String).sort());
   });
 
-  test.each(['add', 'remove', 'list', 'status', 'reconcile', 'config check', 'network-xml', 'teardown'])(
+  test('of a command that does not exist is an error', async () => {
+    for (const args of [['nonsense', '--help'], ['nonsense'], ['install', 'nonsense', '--help']]) {
+      const result = await rig.cli(args);
+      expect(result).toMatchObject({ status: EXIT.usage, stdout: '' });
+      expect(result.stderr).toContain("unknown command 'nonsense'");
+    }
+  });
+
+  test.each(['config', 'install', 'uninstall'])('of %s alone shows examples first', async (name) => {
+    expect((await ok(name, '--help')).stdout).toMatch(new RegExp(`^Examples:\n {2}kvm-ib ${name} `));
+  });
+
+  test('goes quietly when nobody reads on', async () => {
+    const line = `set -o pipefail; for n in 1 2 3 4 5; do "$@" --help | true || echo "$?"; done`;
+    const argv = ['/bin/bash', '-c', line, 'bash', process.execPath, join(rig.folder, 'kvm-ib.mjs')];
+    expect(await run(argv, { env: rig.env })).toMatchObject({ status: 0, stdout: '', stderr: '' });
+  });
+
+  test.each(['add', 'remove', 'list', 'status', 'reconcile', 'config check', 'network-xml', 'teardown', 'announce'])(
     'of %s shows examples first',
     async (name) => {
       expect((await ok(...name.split(' '), '--help')).stdout).toMatch(new RegExp(`^Examples:\n {2}kvm-ib ${name}`));

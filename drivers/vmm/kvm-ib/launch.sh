@@ -27,7 +27,7 @@ fi
 
 node=/usr/bin/node
 [ -x "$node" ] || node=$(command -v node) || {
-  echo "kvm-ib: Cannot run $action: this host has no node. Remedy: install Node.js 20 or later." >&2
+  echo "kvm-ib: Cannot run $action: this host has no node. Remedy: install Node.js 20.11 or later." >&2
   exit 6
 }
 

@@ -91,6 +91,11 @@ export function isOurLabel(device: string, label: string): boolean {
   return label.startsWith(`${device}:`) && /^[0-9]+-[0-9]+$/.test(label.slice(device.length + 1));
 }
 
+/** Tells one alias from another: the same address may stand on two links, or under a stranger's label. */
+export function aliasKey({ device, address, label }: Record<'device' | 'address' | 'label', string>): string {
+  return `${device} ${address} ${label}`;
+}
+
 export function sameMapping(a: Mapping, b: Mapping): boolean {
   return (
     a.guest === b.guest &&

@@ -11,6 +11,7 @@
  */
 import type { Ipv4, LinkName, Mac } from './address.ts';
 import type { Mapping } from './mapping.ts';
+import { aliasKey } from './mapping.ts';
 
 /** Elements of the table, as lists to delete or to add. */
 export interface Elements {
@@ -100,8 +101,6 @@ export function plan(desired: Desired, observed: Observed): readonly Change[] {
   const byGuest = new Map(want.map((m) => [m.guest, m]));
   const byAddress = new Map(want.map((m) => [m.address, m]));
   const release = sorted(desired.release);
-  const aliasKey = (a: { device: string; address: Ipv4; label: string }): string =>
-    `${a.device} ${a.address} ${a.label}`;
   const aliases = new Set(observed.aliases.map(aliasKey));
   const hasAlias = (m: Mapping): boolean => aliases.has(aliasKey(m));
 

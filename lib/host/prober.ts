@@ -80,8 +80,8 @@ async function listen(
   { except = [] }: ProbeOptions,
 ): Promise<ReadonlyMap<string, OtherHolder>> {
   const found = new Map<string, OtherHolder>();
-  const wanted = new Set<string>(items.map(({ address }) => address));
-  const addresses = [...wanted];
+  const addresses = [...new Set(items.map(({ address }) => address))];
+  const wanted = new Set<string>(addresses);
   const to = broadcastSockaddr(link);
   const frame = Buffer.alloc(FRAME_BYTES);
   const from = Buffer.alloc(128);
@@ -123,7 +123,7 @@ async function listen(
     for (let round = 0; round < ROUNDS; round++) {
       for (let start = 0; start < addresses.length; start += BURST) {
         if (start > 0) await readUntil(performance.now() + TURN_MS);
-        for (const { address } of items.slice(start, start + BURST)) {
+        for (const address of addresses.slice(start, start + BURST)) {
           if (!found.has(address)) c.sendto(fd, arpProbe(link, address), to);
         }
       }

@@ -10,7 +10,7 @@ import { basename } from 'node:path';
 import { fileURLToPath } from 'node:url';
 import { tryParseIpv4, tryParseLinkName } from '../core/address.ts';
 import { printable } from '../core/errors.ts';
-import { isOurLabel } from '../core/mapping.ts';
+import { aliasKey, isOurLabel } from '../core/mapping.ts';
 import type { Announcer, Links, RepeatItem } from '../link/ports.ts';
 import { unlinkedFile } from './exec.ts';
 
@@ -103,10 +103,8 @@ export async function runRepeats(
   let left = items;
   for (let round = 0; round < LATER_ROUNDS && left.length > 0; round++) {
     await new Promise((resolve) => setTimeout(resolve, intervalMs));
-    const key = (alias: { device: string; address: string; label: string }): string =>
-      `${alias.device} ${alias.address} ${alias.label}`;
-    const standing = new Set((await links.addresses()).filter((a) => a.prefixLength === 32).map(key));
-    left = left.filter((item) => standing.has(key(item)));
+    const standing = new Set((await links.addresses()).filter((a) => a.prefixLength === 32).map(aliasKey));
+    left = left.filter((item) => standing.has(aliasKey(item)));
     await announcer.announce(left);
   }
 }

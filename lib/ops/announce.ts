@@ -5,6 +5,7 @@
 import type { Ipv4 } from '../core/address.ts';
 import { KvmIbError } from '../core/errors.ts';
 import type { Mapping } from '../core/mapping.ts';
+import { aliasKey } from '../core/mapping.ts';
 import { printHardware, whyNoArp } from '../link/arp.ts';
 import type { InetAddress, Link, RepeatItem } from '../link/ports.ts';
 import { announceAll, repeatLater } from './apply.ts';
@@ -51,11 +52,11 @@ function difference(known: LinkRecord | undefined, now: LinkRecord): string | un
 
 /** Those of these mappings' aliases that stand on their link. */
 export function standing(mappings: readonly Mapping[], addresses: readonly InetAddress[]): readonly RepeatItem[] {
-  const key = (alias: { device: string; address: string; label: string }): string =>
-    `${alias.device} ${alias.address} ${alias.label}`;
-  const there = new Set(addresses.filter((entry) => entry.prefixLength === 32).map(key));
-  const found = mappings.filter((m) => there.has(key(m)));
-  return [...new Map(found.map((m) => [key(m), { device: m.device, address: m.address, label: m.label }])).values()];
+  const there = new Set(addresses.filter((entry) => entry.prefixLength === 32).map(aliasKey));
+  const found = mappings.filter((m) => there.has(aliasKey(m)));
+  return [
+    ...new Map(found.map((m) => [aliasKey(m), { device: m.device, address: m.address, label: m.label }])).values(),
+  ];
 }
 
 /** What to announce again, link by link. */

@@ -3,7 +3,7 @@ import type { Ipv4, LinkName, Mac } from '../core/address.ts';
 import { rangeContains } from '../core/address.ts';
 import { KvmIbError } from '../core/errors.ts';
 import type { Config, Mapping, Network, ServedNetwork } from '../core/mapping.ts';
-import { isOurLabel } from '../core/mapping.ts';
+import { aliasKey, isOurLabel } from '../core/mapping.ts';
 import type { Observed, ObservedAlias, ObservedBridge } from '../core/plan.ts';
 import { elementComment } from '../core/plan.ts';
 import type { TableRecord } from '../core/served.ts';
@@ -236,10 +236,8 @@ export function strangersOf(
   addresses: readonly InetAddress[],
   mappings: readonly Mapping[],
 ): ReadonlyMap<Ipv4, InetAddress> {
-  const key = (alias: { device: string; address: Ipv4; label: string }): string =>
-    `${alias.device} ${alias.address} ${alias.label}`;
-  const ours = new Set(mappings.map(key));
-  const strangers = addresses.filter((entry) => entry.prefixLength !== 32 || !ours.has(key(entry)));
+  const ours = new Set(mappings.map(aliasKey));
+  const strangers = addresses.filter((entry) => entry.prefixLength !== 32 || !ours.has(aliasKey(entry)));
   return new Map(strangers.map((entry) => [entry.address, entry]));
 }
 

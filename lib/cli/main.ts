@@ -30,6 +30,7 @@ import { obstacles } from '../ops/obstacles.ts';
 import { reconcileAndPublish } from '../ops/publish.ts';
 import { sync } from '../ops/sync.ts';
 import { teardown } from '../ops/teardown.ts';
+import { addImportCommand } from './import.ts';
 import { addInstallCommands } from './install.ts';
 import { renderPlan, table, wantsColour } from './render.ts';
 
@@ -203,6 +204,7 @@ function program(): Command {
   )
     .option('--force', 'also while VMs are mapped')
     .action(runTeardown);
+  addImportCommand(root, { colour, command, open, useJson, exit, out, warn, json });
   addInstallCommands(root, { version: VERSION, colour, command, useJson, exit, out, warn, json });
   return root;
 }

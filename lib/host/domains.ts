@@ -1,10 +1,13 @@
 /** What libvirt says of domains, by `virsh`: a read-only connection; names and hardware addresses only. */
 import type { Mac } from '../core/address.ts';
 import { tryParseMac } from '../core/address.ts';
+import { KvmIbError } from '../core/errors.ts';
 import type { Exec } from '../core/exec.ts';
 import { domainName } from '../core/mapping.ts';
 import type { DomainState } from '../core/state.ts';
+import type { GuestNic } from '../import/report.ts';
 import type { Domains } from '../ops/host.ts';
+import type { Guests } from '../ops/import.ts';
 
 const VIRSH = ['/usr/bin/virsh', '--readonly', '--connect', 'qemu:///system'] as const;
 /** A hung libvirtd must not hold up an action, or the host lock, for longer than this. */
@@ -49,6 +52,51 @@ export function createDomains(exec: Exec): Domains {
       return { kind: 'active', macs: (await interfaces([vm])).get(vm) };
     },
     interfaces,
+  };
+}
+
+/**
+ * The interfaces of all active domains, OpenNebula's or not.
+ * @param runsGuests whether any guest runs on this machine, for when libvirt does not answer
+ */
+export function createGuests(exec: Exec, runsGuests: () => boolean): Guests {
+  const ask = async (...args: readonly string[]): Promise<string | undefined> => {
+    const result = await exec([...VIRSH, ...args], { timeout: TIMEOUT_MS });
+    return result.status === 0 ? result.stdout : undefined;
+  };
+  return async () => {
+    let names: string | undefined;
+    try {
+      names = await ask('list', '--name');
+    } catch (error) {
+      if (!(error instanceof KvmIbError)) throw error;
+      if (error.code === 'host-lacks') return { kind: 'absent' };
+    }
+    if (names === undefined) return { kind: runsGuests() ? 'silent' : 'absent' };
+    const nics: GuestNic[] = [];
+    for (const domain of lines(names)) {
+      // Any other name is no argument for virsh; such a domain is none of OpenNebula.
+      if (!/^[A-Za-z0-9_][A-Za-z0-9_.+:-]{0,200}$/.test(domain)) continue;
+      const table = await ask('domiflist', domain);
+      if (table === undefined) continue;
+      const vm = /^one-(0|[1-9][0-9]{0,7})$/.exec(domain)?.[1];
+      let place = 0;
+      for (const line of lines(table)) {
+        const words = line.split(/\s+/);
+        const mac = tryParseMac(words.at(-1) ?? '');
+        if (mac === undefined) continue;
+        // OpenNebula calls the tap one-<vm>-<nic>; of others the place in the domain has to do.
+        const own = words[0]?.startsWith(`${domain}-`) ? /-([0-9]{1,2})$/.exec(words[0])?.[1] : undefined;
+        nics.push({
+          vm: vm === undefined ? null : Number(vm),
+          domain,
+          nic: own === undefined ? place : Number(own),
+          mac,
+        });
+        place += 1;
+      }
+    }
+    return { kind: 'asked', nics };
   };
 }
 

@@ -8,15 +8,16 @@
  *
  * Route look-ups and bridge port settings go over our own socket, for the kernel's text with an error.
  */
-import { readdirSync, readFileSync } from 'node:fs';
+import { readdirSync, readFileSync, writeFileSync } from 'node:fs';
 import { join } from 'node:path';
 import type { Ipv4, LinkName } from '../core/address.ts';
 import { KvmIbError, printable, toKvmIbError } from '../core/errors.ts';
-import type { BridgePort, InetAddress, Link, Links } from '../link/ports.ts';
+import type { AddressTable, BridgePort, Link, Links, StandingAddress } from '../link/ports.ts';
 import {
   decodeAddress,
   decodeLink,
   decodeRouteIsLocal,
+  encodeAddress,
   encodeAlias,
   encodeGetAddresses,
   encodeGetLink,
@@ -38,7 +39,7 @@ const SYS_NET = '/sys/class/net';
 /** Sends one request over a socket and resolves with the whole answer. */
 type Request = (type: number, flags: number, payload: Uint8Array) => Promise<Reply>;
 
-export function createLinks(): Links {
+export function createLinks(): Links & AddressTable {
   let last: Promise<unknown> = Promise.resolve();
   /** Runs `use` with a socket of its own, after all earlier ones are closed. */
   const withSocket = <T>(use: (request: Request) => Promise<T>): Promise<T> => {
@@ -58,7 +59,11 @@ export function createLinks(): Links {
   return {
     link: (name) => withSocket((request) => getLink(request, { name })),
     linkAt: (index) => withSocket((request) => getLink(request, { index })),
-    addresses: () => withSocket(dumpAddresses),
+    addresses: async () => {
+      const found = await withSocket(dumpAddresses);
+      return found.map(({ device, address, prefixLength, label }) => ({ device, address, prefixLength, label }));
+    },
+    standing: () => withSocket(dumpAddresses),
     isLocal,
     addAlias: async (device, address, label) => {
       const message = `Cannot add ${address}/32 to ${device}`;
@@ -71,6 +76,20 @@ export function createLinks(): Links {
       const message = `Cannot remove ${address}/32 from ${device}`;
       checkLabel(message, label);
       await change(message, RTM.deleteAddress, 0, device, (index) => encodeAlias(index, address, label));
+    },
+    put: (list) => withSocket((request) => changeAddresses(request, list, 'add')),
+    take: (list) => withSocket((request) => changeAddresses(request, list, 'remove')),
+    promotesSecondaries: (device) => ['all', device].some((name) => readFlag(promoteSecondaries(name))),
+    setPromotesSecondaries: (device, on) => {
+      try {
+        writeFileSync(promoteSecondaries(device), on ? '1' : '0');
+      } catch (cause) {
+        throw new KvmIbError('host-lacks', `Cannot set promote_secondaries of ${device}`, {
+          why: cause instanceof Error ? cause.message : String(cause),
+          fix: `set it by hand: sysctl -w net.ipv4.conf.${device.replaceAll('.', '/')}.promote_secondaries=1`,
+          cause,
+        });
+      }
     },
     setMtu: (name, mtu) =>
       change(`Cannot set the MTU of ${name} to ${mtu}`, RTM.setLink, 0, name, (index) => encodeSetMtu(index, mtu)),
@@ -102,6 +121,37 @@ function noLink(message: string, device: string): KvmIbError {
   });
 }
 
+function promoteSecondaries(device: string): string {
+  return `/proc/sys/net/ipv4/conf/${device}/promote_secondaries`;
+}
+
+/** Many addresses over one socket. What is there, or gone, already is passed over. */
+async function changeAddresses(
+  request: Request,
+  list: readonly StandingAddress[],
+  what: 'add' | 'remove',
+): Promise<void> {
+  const indexes = new Map<string, number>();
+  for (const one of list) {
+    const { device, address, prefixLength, label } = one;
+    const message = `Cannot ${what} ${address}/${prefixLength} ${what === 'add' ? 'to' : 'from'} ${device}`;
+    checkLabel(message, label);
+    const index = indexes.get(device) ?? (await getLink(request, { name: device }))?.index;
+    if (index === undefined) {
+      if (what === 'remove') continue;
+      throw noLink(message, device);
+    }
+    indexes.set(device, index);
+    const reply =
+      what === 'add'
+        ? await request(RTM.newAddress, NLM_F.create | NLM_F.exclusive | NLM_F.ack, encodeAddress(index, one))
+        : await request(RTM.deleteAddress, NLM_F.ack, encodeAddress(index, one));
+    const passes: readonly number[] = what === 'add' ? [ERRNO.EEXIST] : [ERRNO.EADDRNOTAVAIL, ERRNO.ENODEV];
+    if (reply.kind === 'refused' && passes.includes(reply.errno)) continue;
+    messagesOf(reply, message);
+  }
+}
+
 /** The kernel cuts no label: more than 15 characters are ERANGE, and an empty one becomes the device's name. */
 function checkLabel(message: string, label: string): void {
   if (label === '' || label.length > LABEL_LIMIT || !/^[\x21-\x7e]+$/.test(label)) {
@@ -125,7 +175,7 @@ async function getLink(
   throw new KvmIbError('failed', message, { why: 'the kernel answered without a link' });
 }
 
-async function dumpAddresses(request: Request): Promise<readonly InetAddress[]> {
+async function dumpAddresses(request: Request): Promise<readonly StandingAddress[]> {
   const message = 'Cannot list the addresses of this host';
   for (let i = 0; i < DUMP_ATTEMPTS; i++) {
     const reply = await request(RTM.getAddress, NLM_F.dump, encodeGetAddresses());
@@ -136,10 +186,10 @@ async function dumpAddresses(request: Request): Promise<readonly InetAddress[]> 
     for (const { index } of found) {
       if (!names.has(index)) names.set(index, (await getLink(request, { index }))?.name);
     }
-    return found.flatMap(({ index, address, prefixLength, label }) => {
+    return found.flatMap(({ index, label, ...rest }) => {
       const device = names.get(index);
       // A link that went away since has taken its addresses along.
-      return device === undefined ? [] : [{ device, address, prefixLength, label: label ?? device }];
+      return device === undefined ? [] : [{ ...rest, device, label: label ?? device }];
     });
   }
   throw interruptedError(DUMP_ATTEMPTS);

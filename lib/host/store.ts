@@ -5,6 +5,7 @@
  *   claims/192.168.122.2 -> vm-42    who holds a guest or IB address, so that finding a rival costs one readlink
  *   table.json                       what the loaded rule set was made for
  *   links.json                       what each IPoIB link was like when its aliases were last announced
+ *   import/                          what an import did, and the rules of before
  *   lock                             the host lock
  *
  * The mapping files are the truth. A claim whose file is gone or does not name the address is stale and means nothing.
@@ -35,6 +36,7 @@ import { parseTableRecord, printTableRecord } from '../core/served.ts';
 import type { StateFile } from '../core/state.ts';
 import { mappingsOf, parseStateFile } from '../core/state.ts';
 import type { LinkRecord, Store, TableRecord } from '../ops/host.ts';
+import { readPhase } from './import-phase.ts';
 
 /** Names of files that are being written. */
 const TEMPORARY = /^\.[0-9a-f]{12}$/;
@@ -237,8 +239,11 @@ export function createStore(directory: string): Store {
       );
     },
 
+    importPhase: () => guard(directory, () => readPhase(join(directory, 'import'))),
+
     removeAll(): void {
       guard(directory, () => {
+        rmSync(join(directory, 'import'), { recursive: true, force: true });
         rmSync(mappings, { recursive: true, force: true });
         rmSync(claims, { recursive: true, force: true });
         for (const name of ['table.json', 'links.json']) rmSync(join(directory, name), { force: true });

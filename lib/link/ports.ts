@@ -34,6 +34,30 @@ export interface InetAddress {
   readonly label: string;
 }
 
+/** An address with all that it takes to put it there again. */
+export interface StandingAddress extends InetAddress {
+  /** IFA_F_SECONDARY: it goes with the first address of its subnet, unless the kernel promotes it then. */
+  readonly secondary: boolean;
+  readonly broadcast: Ipv4 | null;
+  /** RT_SCOPE_*: 0 everywhere, 253 link, 254 host. */
+  readonly scope: number;
+}
+
+/** Addresses of any kind, for an import and its way back. */
+export interface AddressTable {
+  standing(): Promise<readonly StandingAddress[]>;
+  /**
+   * Adds addresses as they are given, in order; one that is there already is left. One socket for all.
+   * @throws KvmIbError as `Links.addAlias`, but never conflict; the earlier ones are then there
+   */
+  put(addresses: readonly StandingAddress[]): Promise<void>;
+  /** Removes addresses with just this prefix length and label, in order; one that is not there is gone already. */
+  take(addresses: readonly StandingAddress[]): Promise<void>;
+  /** True: when the first address of a subnet goes, the next takes its place (promote_secondaries, of the system or the link). */
+  promotesSecondaries(device: string): boolean;
+  setPromotesSecondaries(device: string, on: boolean): void;
+}
+
 export interface BridgePort {
   readonly name: string;
   readonly hairpin: boolean;

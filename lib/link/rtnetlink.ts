@@ -48,7 +48,8 @@ const IFLA_INFO_KIND = 1;
 const IFLA_BRPORT_MODE = 4;
 /** Leave the statistics out of the answer. */
 const RTEXT_FILTER_SKIP_STATS = 8;
-const IFA = { address: 1, local: 2, label: 3 } as const;
+const IFA = { address: 1, local: 2, label: 3, broadcast: 4 } as const;
+const IFA_F_SECONDARY = 1;
 const RTA_DST = 1;
 const RTN_LOCAL = 2;
 
@@ -104,23 +105,29 @@ export function decodeLink(message: Message): Link | undefined {
 }
 
 /** struct ifaddrmsg for an IPv4 address. */
-function addressHeader(prefixLength: number, index: number): Uint8Array {
-  return concat(u8(AF_INET), u8(prefixLength), u8(0), u8(0), u32(index));
+function addressHeader(prefixLength: number, index: number, scope = 0): Uint8Array {
+  return concat(u8(AF_INET), u8(prefixLength), u8(0), u8(scope), u32(index));
 }
 
 /**
- * `address`/32 on the link with the label: the payload both to add and to delete it. For a delete the kernel compares
+ * An address on the link with its label: the payload both to add and to delete it. For a delete the kernel compares
  * every part that is given (inet_rtm_deladdr): local address, label, and address with prefix length. So a wider
  * prefix, or another label, of the same address is not touched.
  */
-export function encodeAlias(index: number, address: Ipv4, label: string): Uint8Array {
-  const bytes = ipv4Bytes(address);
+export function encodeAddress(index: number, one: Omit<WireAddress, 'index' | 'secondary'>): Uint8Array {
+  const bytes = ipv4Bytes(one.address);
   return concat(
-    addressHeader(32, index),
+    addressHeader(one.prefixLength, index, one.scope),
     attribute(IFA.local, bytes),
     attribute(IFA.address, bytes),
-    attribute(IFA.label, cString(label)),
+    ...(one.broadcast === null ? [] : [attribute(IFA.broadcast, ipv4Bytes(one.broadcast))]),
+    ...(one.label === undefined ? [] : [attribute(IFA.label, cString(one.label))]),
   );
+}
+
+/** `address`/32 with the label: see `encodeAddress`. */
+export function encodeAlias(index: number, address: Ipv4, label: string): Uint8Array {
+  return encodeAddress(index, { address, prefixLength: 32, label, broadcast: null, scope: 0 });
 }
 
 /** The payload of a dump of all IPv4 addresses. */
@@ -134,6 +141,9 @@ export interface WireAddress {
   readonly prefixLength: number;
   /** IFA_LABEL; undefined when the kernel sent none. */
   readonly label: string | undefined;
+  readonly secondary: boolean;
+  readonly broadcast: Ipv4 | null;
+  readonly scope: number;
 }
 
 /** Undefined when the message is no IPv4 address. */
@@ -146,11 +156,15 @@ export function decodeAddress(message: Message): WireAddress | undefined {
   const index = readU32(payload, 4);
   if (local?.length !== 4 || index === undefined) return undefined;
   const label = attrs.get(IFA.label);
+  const broadcast = attrs.get(IFA.broadcast);
   return {
     index,
     address: ipv4FromBytes(local),
     prefixLength: payload[1] ?? 0,
     label: label === undefined ? undefined : readCString(label),
+    secondary: ((payload[2] ?? 0) & IFA_F_SECONDARY) !== 0,
+    broadcast: broadcast?.length === 4 ? ipv4FromBytes(broadcast) : null,
+    scope: payload[3] ?? 0,
   };
 }
 

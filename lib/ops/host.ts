@@ -3,6 +3,7 @@ import type { Ipv4, Mac } from '../core/address.ts';
 import type { Config, Owner } from '../core/mapping.ts';
 import type { TableRecord } from '../core/served.ts';
 import type { DomainState, Holder, StateFile } from '../core/state.ts';
+import type { JournalPhase } from '../import/phase.ts';
 import type { Announcer, Conntrack, Links, Prober } from '../link/ports.ts';
 import type { NatEngine } from '../nat/engine.ts';
 
@@ -37,6 +38,8 @@ export interface Store {
   /** By device; empty when there is no record, or none that can be read. */
   readLinks(): ReadonlyMap<string, LinkRecord>;
   writeLinks(records: ReadonlyMap<string, LinkRecord>): void;
+  /** Where an import stands; undefined: there was none. */
+  importPhase(): JournalPhase | undefined;
   /** Deletes all state but the lock. */
   removeAll(): void;
 }

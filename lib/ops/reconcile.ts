@@ -23,7 +23,7 @@ import type { HostView } from './observe.ts';
 import { hasAddress, hindranceOf, neededSpec, observeHost, ownAddressInRange, strangersOf } from './observe.ts';
 import type { Probing } from './probe.ts';
 import { createProbing, takenBy } from './probe.ts';
-import { activeFile, loadTable, removing, stateFile } from './sync.ts';
+import { activeFile, loadTable, refuseUnderOldRules, removing, stateFile } from './sync.ts';
 
 export interface ReconcileResult {
   /** What was done, or with `dryRun` what would be. */
@@ -269,7 +269,9 @@ export function reconcile(host: Host, options: { readonly dryRun?: boolean } = {
   return host.withLock('reconcile', () => reconcileLocked(host, options.dryRun ?? false));
 }
 
-async function reconcileLocked(host: Host, dryRun: boolean): Promise<ReconcileResult> {
+/** reconcile for a caller that holds the lock. */
+export async function reconcileLocked(host: Host, dryRun: boolean): Promise<ReconcileResult> {
+  refuseUnderOldRules(host, 'Cannot reconcile', ['switching']);
   const intent = await readIntent(host);
   const standing = intent.entries.flatMap((e) => mappingsOf(e.file));
   const keep = intent.unreadable.length > 0;

@@ -11,6 +11,7 @@ import { plan } from '../core/plan.ts';
 import { networkOfLinks, networksText } from '../core/served.ts';
 import type { DomainState, Holder, Phase, StateFile } from '../core/state.ts';
 import { mappingsOf, STATE_VERSION, wishOfDomain } from '../core/state.ts';
+import type { JournalPhase } from '../import/phase.ts';
 import type { ObservedPairs, TableSpec } from '../nat/engine.ts';
 import { rulesetTag } from '../nat/ruleset.ts';
 import { apply, reversalFailed } from './apply.ts';
@@ -403,6 +404,7 @@ async function ensureTable(host: Host, wish: readonly Mapping[], mappings: reado
     const { table, tag } = await host.nat.lookup(mappings.slice(0, 1).map(pairOf));
     if (table && tag === rulesetTag(record)) return;
   }
+  refuseUnderOldRules(host, 'Cannot load the table');
   // What runs under an older configuration stays served.
   const { files, unreadable } = host.store.all();
   const needing = [...files.flatMap(mappingsOf), ...wish];
@@ -419,6 +421,7 @@ async function ensureTable(host: Host, wish: readonly Mapping[], mappings: reado
  * brought right by the plan, in its order. Then drops the flows that began while it was not as it should be, since they go on without it.
  * The record of what it was loaded for is written last, so that whoever is stopped in between is followed by one who
  * does all of this again.
+ * @param flows `keep`: those that are there stay, since other rules have translated them the same way
  * @returns how many conntrack entries were deleted
  */
 export async function loadTable(
@@ -426,6 +429,7 @@ export async function loadTable(
   spec: TableSpec,
   mappings: readonly Mapping[],
   observed: ObservedPairs,
+  flows: 'flush' | 'keep' = 'flush',
 ): Promise<number> {
   const wanted = distinctPairs(mappings);
   const present = observedPairs(observed);
@@ -436,12 +440,29 @@ export async function loadTable(
   host.store.writeTable(undefined);
   await host.nat.load(spec, [...commented, ...absent.map(pairOf)]);
   const stale = [...spec.hostAddresses.values()].flat();
-  const flushed = await host.conntrack.flush(
-    wanted.map(({ guest, address }) => ({ kind: 'foreign', guest, address, stale })),
-  );
+  const foreign = wanted.map(({ guest, address }) => ({ kind: 'foreign', guest, address, stale }) as const);
+  const flushed = flows === 'keep' ? 0 : await host.conntrack.flush(foreign);
   host.store.writeTable({ ...spec, configured: networksText(host.config.networks) });
   return flushed;
 }
+
+/**
+ * Our guards drop what has no mapping. So while the old rules translate, the table must not come by itself.
+ * @throws KvmIbError `conflict` while an import is on its way, stopped half-way, or rolled back
+ */
+export function refuseUnderOldRules(host: Host, message: string, also: readonly JournalPhase[] = []): void {
+  const phase = host.store.importPhase();
+  if (phase === undefined || ![...UNDER_OLD_RULES, ...also].includes(phase)) return;
+  const back = phase === 'rolled-back';
+  throw new KvmIbError('conflict', message, {
+    why: back ? 'the import was rolled back: the old rules are in force' : 'an import was stopped half-way',
+    fix: back
+      ? 'go over again with `kvm-ib import --apply`; to stay with the old rules: systemctl disable --now kvm-ib.timer kvm-ib-reconcile.service'
+      : 'go on with `kvm-ib import --resume`, or back with `kvm-ib import --rollback`',
+  });
+}
+
+const UNDER_OLD_RULES: readonly JournalPhase[] = ['applying', 'rolling-back', 'rolled-back'];
 
 /** Mappings without a second one for the same guest or IB address; the first stands. */
 function distinctPairs(mappings: readonly Mapping[]): readonly Mapping[] {

@@ -1,4 +1,4 @@
-/** Imports point one way: core <- nftables-json, opennebula, libvirt, nat, link <- ops <- host <- driver, cli. */
+/** Imports point one way: core <- nftables-json, opennebula, libvirt, iptables, nat, link <- import <- ops <- host <- driver, cli. */
 import { readdirSync, readFileSync } from 'node:fs';
 import { dirname, join, relative, resolve } from 'node:path';
 import { describe, expect, test } from 'vitest';
@@ -18,12 +18,17 @@ const RULES: Readonly<Record<string, Rule>> = {
   opennebula: { folders: ['core'], packages: [] },
   libvirt: { folders: ['core'], packages: [] },
   link: { folders: ['core'], packages: [] },
+  iptables: { folders: ['core'], packages: [] },
+  import: { folders: ['core', 'iptables', 'link'], packages: ['valibot'] },
   nat: { folders: ['core', 'nftables-json'], packages: [] },
-  ops: { folders: ['core', 'opennebula', 'libvirt', 'nat', 'link'], packages: [] },
+  ops: { folders: ['core', 'opennebula', 'libvirt', 'iptables', 'import', 'nat', 'link'], packages: [] },
   // host implements the ports that ops declares; it calls no operation.
-  host: { folders: ['core', 'nftables-json', 'nat', 'link', 'ops'], packages: ['node:', 'koffi', 'netlink', 'yaml'] },
+  host: {
+    folders: ['core', 'nftables-json', 'iptables', 'import', 'nat', 'link', 'ops'],
+    packages: ['node:', 'koffi', 'netlink', 'yaml'],
+  },
   driver: { folders: ['core', 'host', 'libvirt', 'opennebula', 'ops'], packages: ['node:', 'valibot'] },
-  cli: { folders: ['core', 'host', 'libvirt', 'opennebula', 'ops'], packages: ['node:', 'commander'] },
+  cli: { folders: ['core', 'host', 'import', 'libvirt', 'opennebula', 'ops'], packages: ['node:', 'commander'] },
 };
 
 interface Import {

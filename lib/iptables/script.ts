@@ -1,0 +1,616 @@
+/**
+ * Reads shell scripts that set NAT up: `iptables -t nat -A …`, `ip addr add …`, `ifconfig ib0:1 …`, with variables, `for`
+ * loops, functions and simple arithmetic (POSIX 2, and the braces of bash). Nothing is run. What depends on anything but
+ * the text itself (an `if`, the output of a program) is passed over and named.
+ */
+import { ipv4ToNumber, tryParseIpv4 } from '../core/address.ts';
+import { KvmIbError, printable } from '../core/errors.ts';
+import { parseRules, prefixLength, type Rule } from './rule.ts';
+import type { Parsed, ScriptAddress, Skipped, TablesDraft } from './table.ts';
+import { builtInChains, draftTables } from './table.ts';
+import { type Piece, type ShellToken, splitShell } from './words.ts';
+
+/** Commands that one script may come to, loops counted out. */
+const MAX_COMMANDS = 200_000;
+const MAX_DEPTH = 40;
+
+type Word = readonly Piece[];
+type Node =
+  | {
+      readonly kind: 'command';
+      readonly line: number;
+      readonly words: readonly Word[];
+      readonly maybe: string | undefined;
+    }
+  | {
+      readonly kind: 'for';
+      readonly line: number;
+      readonly name: string;
+      readonly words: readonly Word[];
+      readonly body: readonly Node[];
+    }
+  | { readonly kind: 'function'; readonly line: number; readonly name: string; readonly body: readonly Node[] };
+
+/** @throws KvmIbError `bad-input` when the script comes to more commands than anybody writes */
+export function parseScript(text: string): Parsed {
+  const skipped: Skipped[] = [];
+  const reader = createReader(tokensOf(text, skipped));
+  const nodes = reader.nodes();
+  const run = createRun(skipped);
+  run.all(nodes);
+  return { tables: run.draft.tables(), skipped, addresses: run.addresses() };
+}
+
+type Token = { readonly line: number } & (ShellToken | { readonly kind: 'newline' });
+
+function tokensOf(text: string, skipped: Skipped[]): readonly Token[] {
+  const tokens: Token[] = [];
+  const lines = text.split('\n');
+  for (let at = 0; at < lines.length; at++) {
+    const line = at + 1;
+    let logical = (lines[at] ?? '').replace(/\r$/, '');
+    while (/(?:^|[^\\])\\$/.test(logical) && at + 1 < lines.length) {
+      logical = `${logical.slice(0, -1)} ${(lines[++at] ?? '').replace(/\r$/, '')}`;
+    }
+    const found = splitShell(logical);
+    if (found === undefined) {
+      if (/iptables|\bip\b|ifconfig/.test(logical)) {
+        skipped.push({ line, text: printable(logical.trim(), 120), why: 'a quote is not closed on the line' });
+      }
+      continue;
+    }
+    for (const token of found) tokens.push({ ...token, line });
+    tokens.push({ kind: 'newline', line });
+    // A here-document is input of its command, not part of the script.
+    const here = found.findIndex((token) => token.kind === 'operator' && token.text === '<<');
+    const after = found[here + 1];
+    if (here >= 0 && after?.kind === 'word') {
+      const delimiter = plainText(after.pieces).replace(/^-/, '');
+      while (at + 1 < lines.length && lines[at + 1]?.trim() !== delimiter) at += 1;
+      at += 1;
+    }
+  }
+  return tokens;
+}
+
+function plainText(word: Word): string {
+  return word.map((piece) => piece.text).join('');
+}
+
+/** The word, if nothing of it is quoted: a keyword of the shell, or the beginning of an assignment. */
+function bare(word: Word | undefined): string | undefined {
+  return word?.length === 1 && word[0]?.quoted === false ? word[0].text : undefined;
+}
+
+const OPENERS: Readonly<Record<string, string>> = {
+  if: 'fi',
+  while: 'done',
+  until: 'done',
+  case: 'esac',
+  select: 'done',
+};
+
+function createReader(tokens: readonly Token[]) {
+  let at = 0;
+  const isEnd = (): boolean => at >= tokens.length;
+  const keyword = (): string | undefined => {
+    const token = tokens[at];
+    return token?.kind === 'word' ? bare(token.pieces) : undefined;
+  };
+
+  /** Nodes until one of the keywords, which is taken as well. */
+  const nodes = (until: readonly string[] = [], maybe?: string, depth = 0): readonly Node[] => {
+    const found: Node[] = [];
+    while (!isEnd()) {
+      const token = tokens[at];
+      if (token === undefined) break;
+      if (token.kind !== 'word') {
+        at += 1;
+        if (token.kind === 'operator' && until.includes(token.text)) break;
+        continue;
+      }
+      const word = keyword() ?? '';
+      if (until.includes(word)) {
+        at += 1;
+        break;
+      }
+      if (['then', 'else', 'elif', 'do', '{', '!'].includes(word)) at += 1;
+      else if (depth > MAX_DEPTH) at += 1;
+      else if (word === 'for') found.push(...loop(token.line, maybe, depth));
+      else if (OPENERS[word] !== undefined) {
+        at += 1;
+        const why = `it stands in \`${word}\`: whether it runs is not known`;
+        found.push(...nodes([OPENERS[word]], maybe ?? why, depth + 1));
+      } else {
+        const name = functionName();
+        if (name === undefined) found.push(...command(maybe));
+        else found.push({ kind: 'function', line: token.line, name, body: nodes(['}'], maybe, depth + 1) });
+      }
+    }
+    return found;
+  };
+
+  const functionName = (): string | undefined => {
+    const first = keyword() ?? '';
+    const second = tokens[at + 1];
+    const third = tokens[at + 2];
+    if (first === 'function' && second?.kind === 'word') {
+      const name = bare(second.pieces);
+      at += 2;
+      while (!isEnd() && keyword() !== '{') at += 1;
+      at += 1;
+      return name;
+    }
+    const opens =
+      second?.kind === 'operator' && second.text === '(' && third?.kind === 'operator' && third.text === ')';
+    if (!opens || !/^[A-Za-z_][A-Za-z0-9_]*$/.test(first)) return undefined;
+    at += 3;
+    while (!isEnd() && keyword() !== '{') at += 1;
+    at += 1;
+    return first;
+  };
+
+  const loop = (line: number, maybe: string | undefined, depth: number): readonly Node[] => {
+    at += 1;
+    const name = keyword() ?? '';
+    at += 1;
+    const words: Word[] = [];
+    let isList = false;
+    while (!isEnd() && keyword() !== 'do') {
+      const token = tokens[at++];
+      if (token?.kind !== 'word') continue;
+      if (isList) words.push(token.pieces);
+      else if (bare(token.pieces) === 'in') isList = true;
+    }
+    at += 1;
+    const unclear =
+      isList && /^[A-Za-z_][A-Za-z0-9_]*$/.test(name) ? undefined : 'it stands in a `for` that is not understood';
+    const body = nodes(['done'], maybe ?? unclear, depth + 1);
+    return unclear === undefined ? [{ kind: 'for', line, name, words, body }] : body;
+  };
+
+  /** One command and what follows it on `&&`, `||` and pipes. */
+  const command = (maybe: string | undefined): readonly Node[] => {
+    const found: Node[] = [];
+    let words: Word[] = [];
+    let line = tokens[at]?.line ?? 0;
+    let why = maybe;
+    const end = (): void => {
+      if (words.length > 0) found.push({ kind: 'command', line, words, maybe: why });
+      words = [];
+    };
+    while (!isEnd()) {
+      const token = tokens[at];
+      if (token === undefined || token.kind === 'newline') break;
+      at += 1;
+      if (token.kind === 'word') {
+        if (words.length === 0) line = token.line;
+        words.push(token.pieces);
+        continue;
+      }
+      if (['<', '>', '>>', '<<', '>&', '<&'].includes(token.text)) {
+        // The file, or the delimiter, is no argument.
+        if (tokens[at]?.kind === 'word') at += 1;
+        continue;
+      }
+      end();
+      // Behind "&&" it runs if the one before it succeeds, which such scripts expect; behind "||" if it fails, which they do not.
+      if (token.text === '||') why ??= 'it stands behind `||`: whether it runs is not known';
+      else if (token.text !== '&&') break;
+    }
+    end();
+    return found;
+  };
+
+  return { nodes: () => nodes() };
+}
+
+/** A word whose text depends on more than the script. */
+class Unknown extends Error {}
+
+interface Scope {
+  readonly variables: Map<string, string>;
+  readonly positional: readonly string[];
+}
+
+function createRun(skipped: Skipped[]) {
+  const draft = draftTables();
+  const scope: { current: Scope } = { current: { variables: new Map(), positional: [] } };
+  const functions = new Map<string, readonly Node[]>();
+  const links = createLinks();
+  let commands = 0;
+
+  const all = (nodes: readonly Node[], depth = 0): void => {
+    for (const node of nodes) one(node, depth);
+  };
+
+  const one = (node: Node, depth: number): void => {
+    if (++commands > MAX_COMMANDS) {
+      throw new KvmIbError('bad-input', 'Cannot read the script', {
+        why: `it comes to more than ${MAX_COMMANDS} commands`,
+        fix: 'run it on a test host, and give what `iptables-save` prints there',
+      });
+    }
+    if (node.kind === 'function') {
+      functions.set(node.name, node.body);
+      return;
+    }
+    if (node.kind === 'for') {
+      let values: readonly string[];
+      try {
+        values = node.words.flatMap((word) => expand(word, scope.current));
+      } catch (error) {
+        if (!(error instanceof Unknown)) throw error;
+        skipLoop(node.body, `it stands in a loop over what is not known: ${error.message}`);
+        return;
+      }
+      for (const value of values) {
+        scope.current.variables.set(node.name, value);
+        all(node.body, depth);
+      }
+      return;
+    }
+    const shown = (): string => printable(node.words.map(plainText).join(' '), 120);
+    try {
+      const [first, ...rest] = withoutPrefixes(node.words.flatMap((word) => assignmentOrWords(word, scope.current)));
+      const body = first === undefined ? undefined : functions.get(first);
+      if (body !== undefined) {
+        if (node.maybe !== undefined || depth >= MAX_DEPTH) {
+          skipLoop(body, node.maybe ?? 'functions call each other too deeply');
+          return;
+        }
+        const outer = scope.current;
+        scope.current = { variables: outer.variables, positional: rest };
+        all(body, depth + 1);
+        scope.current = outer;
+        return;
+      }
+      if (first === undefined) return;
+      const name = first.slice(first.lastIndexOf('/') + 1);
+      if (!isOfInterest(name, rest)) return;
+      const why = node.maybe ?? perform(draft, links, name, rest, node.line);
+      if (why !== undefined) skipped.push({ line: node.line, text: shown(), why });
+    } catch (error) {
+      if (!(error instanceof Unknown)) throw error;
+      if (/iptables|\bip\b|ifconfig/i.test(shown()))
+        skipped.push({ line: node.line, text: shown(), why: error.message });
+    }
+  };
+
+  const skipLoop = (nodes: readonly Node[], why: string): void => {
+    for (const node of nodes) {
+      if (node.kind !== 'command') skipLoop(node.kind === 'for' ? node.body : [], why);
+      else {
+        const text = node.words.map(plainText).join(' ');
+        if (/iptables|\bip\s+(?:-4\s+)?a|ifconfig/i.test(text))
+          skipped.push({ line: node.line, text: printable(text, 120), why });
+      }
+    }
+  };
+
+  return { draft, all, addresses: links.all };
+}
+
+/** An assignment is kept and gives no word. */
+function assignmentOrWords(word: Word, scope: Scope): readonly string[] {
+  const head = word[0];
+  const assignment = head?.quoted === false ? /^([A-Za-z_][A-Za-z0-9_]*)=/.exec(head.text) : null;
+  if (assignment === null || head === undefined) return expand(word, scope);
+  const [prefix = '', name = ''] = assignment;
+  const value = [{ ...head, text: head.text.slice(prefix.length), quoted: true }, ...word.slice(1)];
+  try {
+    scope.variables.set(
+      name,
+      expand(
+        value.map((piece) => ({ ...piece, quoted: true })),
+        scope,
+      ).join(' '),
+    );
+  } catch (error) {
+    if (!(error instanceof Unknown)) throw error;
+    scope.variables.delete(name);
+  }
+  return [];
+}
+
+/** What only says how a command is run. */
+function withoutPrefixes(words: readonly string[]): readonly string[] {
+  let at = 0;
+  while (['sudo', 'exec', 'command', 'nohup', 'time', 'export', 'local', 'readonly', 'env'].includes(words[at] ?? '')) {
+    at += 1;
+    while (words[at]?.startsWith('-')) at += 1;
+  }
+  return words.slice(at);
+}
+
+/** The words that one word comes to. @throws Unknown when it depends on more than the script */
+function expand(word: Word, scope: Scope): readonly string[] {
+  let words = [''];
+  let any = false;
+  for (const piece of word) {
+    const values = piece.literal ? [piece.text] : substitute(piece.text, scope);
+    // Only an unquoted expansion is split into words.
+    const parts = piece.quoted
+      ? [values.join('')]
+      : values.flatMap((value) => (value === '' ? [] : value.split(/[\t\n ]+/).filter((part) => part !== '')));
+    if (piece.quoted || parts.length > 0) any = true;
+    const braced = piece.quoted ? parts : parts.flatMap(braces);
+    const [first = '', ...more] = braced;
+    // Braces make a word of each; a word split by blanks goes on from the last.
+    if (more.length > 0 && !piece.quoted) words = words.flatMap((before) => braced.map((part) => before + part));
+    else words = words.map((before) => before + first);
+    if (words.length > MAX_COMMANDS) throw new Unknown('braces make too many words of it');
+  }
+  return any ? words : [];
+}
+
+/** `{2..6}` and `{a,b}` of bash. */
+function braces(text: string): readonly string[] {
+  const match = /^(.*?)\{([^{}]*)\}(.*)$/s.exec(text);
+  if (match === null) return [text];
+  const [, before = '', inner = '', after = ''] = match;
+  const range = /^(-?[0-9]{1,9})\.\.(-?[0-9]{1,9})$/.exec(inner);
+  const list =
+    range === null
+      ? inner.includes(',')
+        ? inner.split(',')
+        : undefined
+      : sequence(Number(range[1]), 1, Number(range[2]));
+  if (list === undefined) return [text];
+  return list.flatMap((value) => braces(`${before}${value}${after}`));
+}
+
+function sequence(first: number, step: number, last: number): readonly string[] {
+  const size = Math.floor(Math.abs(last - first) / Math.max(1, Math.abs(step))) + 1;
+  if (size > MAX_COMMANDS) throw new Unknown('it counts further than any network has addresses');
+  const direction = last < first ? -1 : 1;
+  return Array.from({ length: size }, (_, n) => String(first + direction * n * Math.abs(step || 1)));
+}
+
+/** Variables, arithmetic and `seq`, in a piece that is not literal. */
+function substitute(text: string, scope: Scope): readonly string[] {
+  let out = '';
+  let rest = text;
+  while (rest !== '') {
+    const at = rest.search(/[$`]/);
+    if (at < 0) return [out + rest];
+    out += rest.slice(0, at);
+    rest = rest.slice(at);
+    const arithmetic = /^\$\(\((.*?)\)\)/s.exec(rest);
+    const command = /^\$\(([^()]*)\)/s.exec(rest) ?? /^`([^`]*)`/s.exec(rest);
+    const name =
+      /^\$\{([A-Za-z_][A-Za-z0-9_]*|[0-9]{1,2})(?::?-([^{}$]*))?\}/.exec(rest) ??
+      /^\$([A-Za-z_][A-Za-z0-9_]*|[0-9])/.exec(rest);
+    if (arithmetic !== null) {
+      out += String(calculate(arithmetic[1] ?? '', scope));
+      rest = rest.slice(arithmetic[0].length);
+    } else if (command !== null) {
+      out += ofProgram(command[1] ?? '', scope);
+      rest = rest.slice(command[0].length);
+    } else if (name !== null) {
+      const [whole, variable = '', otherwise] = name;
+      const value = /^[0-9]/.test(variable) ? scope.positional[Number(variable) - 1] : scope.variables.get(variable);
+      if (value === undefined && otherwise === undefined)
+        throw new Unknown(`the script does not say what $${variable} is`);
+      out += value ?? otherwise;
+      rest = rest.slice(whole.length);
+    } else if (rest === '$') return [`${out}$`];
+    else throw new Unknown(`"${printable(rest, 40)}" is not understood`);
+    if (out.length > 65_536) throw new Unknown('it becomes too long');
+  }
+  return [out];
+}
+
+function ofProgram(text: string, scope: Scope): string {
+  const words = substitute(text, scope).join('').trim().split(/\s+/);
+  const numbers = words.slice(1).map((word) => (/^-?[0-9]{1,9}$/.test(word) ? Number(word) : Number.NaN));
+  const [first = Number.NaN, second = first, third] = numbers;
+  if (words[0] === 'seq' && numbers.length <= 3 && numbers.every((n) => !Number.isNaN(n))) {
+    if (third !== undefined) return sequence(first, second, third).join(' ');
+    return (numbers.length === 1 ? sequence(1, 1, first) : sequence(first, 1, second)).join(' ');
+  }
+  throw new Unknown(`it depends on what \`${printable(words[0] ?? '', 40)}\` prints`);
+}
+
+/** Sums, differences and products of whole numbers and variables, without parentheses. */
+function calculate(text: string, scope: Scope): number {
+  const tokens = text.match(/[0-9]+|\$?\{?[A-Za-z_][A-Za-z0-9_]*\}?|\$\{?[0-9]\}?|[-+*]|\S/g) ?? [];
+  const value = (token: string | undefined): number => {
+    const name = (token ?? '').replace(/[${}]/g, '');
+    const positional =
+      token?.startsWith('$') === true && /^[0-9]$/.test(name) ? scope.positional[Number(name) - 1] : undefined;
+    const found = positional ?? (/^[0-9]+$/.test(name) ? name : scope.variables.get(name));
+    if (found === undefined || !/^-?[0-9]{1,10}$/.test(found))
+      throw new Unknown(`"${printable(text, 40)}" cannot be calculated`);
+    return Number(found);
+  };
+  let sum = 0;
+  let product = value(tokens[0]);
+  let sign = 1;
+  for (let at = 1; at < tokens.length; at += 2) {
+    const operator = tokens[at];
+    if (operator === '*') product *= value(tokens[at + 1]);
+    else if (operator === '+' || operator === '-') {
+      sum += sign * product;
+      sign = operator === '+' ? 1 : -1;
+      product = value(tokens[at + 1]);
+    } else throw new Unknown(`"${printable(text, 40)}" cannot be calculated`);
+  }
+  return sum + sign * product;
+}
+
+function isOfInterest(name: string, args: readonly string[]): boolean {
+  if (/^(?:iptables(?:-legacy|-nft)?|iptables(?:-legacy|-nft)?-restore|ifconfig|source|\.)$/.test(name)) return true;
+  return name === 'ip' && args.some((word) => 'address'.startsWith(word) && word !== '');
+}
+
+/** @returns why it is passed over; undefined: it is done, or says nothing of what is wanted */
+function perform(
+  draft: TablesDraft,
+  links: ReturnType<typeof createLinks>,
+  name: string,
+  args: readonly string[],
+  line: number,
+): string | undefined {
+  if (name === 'ip') return links.ip(args);
+  if (name === 'ifconfig') return links.ifconfig(args);
+  if (name === 'source' || name === '.') return 'another file is read there; give it as well';
+  if (name.endsWith('-restore')) return 'the file that it loads is not read; give it as well';
+  return iptables(draft, args, line);
+}
+
+const LONG: Readonly<Record<string, string>> = {
+  '--append': '-A',
+  '--insert': '-I',
+  '--delete': '-D',
+  '--replace': '-R',
+  '--flush': '-F',
+  '--new-chain': '-N',
+  '--new': '-N',
+  '--delete-chain': '-X',
+  '--policy': '-P',
+  '--table': '-t',
+  '--rename-chain': '-E',
+};
+
+/** One iptables command on the tables, as the kernel would have them behind it. */
+function iptables(draft: TablesDraft, args: readonly string[], line: number): string | undefined {
+  let table = 'filter';
+  let verb: string | undefined;
+  const operands: string[] = [];
+  const rest: string[] = [];
+  for (let at = 0; at < args.length; at++) {
+    const word = LONG[args[at] ?? ''] ?? args[at] ?? '';
+    if (word === '-t') table = args[++at] ?? '';
+    else if (word === '-w' || word === '--wait' || word === '-W' || word === '--wait-interval') {
+      if (/^[0-9]+$/.test(args[at + 1] ?? '')) at += 1;
+    } else if (
+      /^(?:--wait|-w)=?[0-9]+$/.test(word) ||
+      ['-v', '--verbose', '-n', '--numeric', '-4', '--ipv4'].includes(word)
+    ) {
+      // Says nothing of the rule.
+    } else if (verb === undefined && /^-[AIDRFNXPEZLSC]$/.test(word)) {
+      verb = word;
+      while (at + 1 < args.length && !/^[-!]/.test(args[at + 1] ?? '') && operands.length < 3)
+        operands.push(args[++at] ?? '');
+    } else rest.push(args[at] ?? '');
+  }
+  const [chain, number] = operands;
+  const text = rest.join(' ');
+  if (verb === undefined) return rest.length === 0 ? undefined : 'it names no command such as -A';
+  if (builtInChains(table).length === 0) return `there is no table "${printable(table, 20)}"`;
+  const chains = draft.table(table);
+  if (verb === '-F' || verb === '-X' || verb === '-Z') {
+    for (const one of [...chains.values()]) {
+      if (chain !== undefined && one.name !== chain) continue;
+      if (verb === '-F') one.rules = [];
+      if (verb === '-X' && !builtInChains(table).includes(one.name)) chains.delete(one.name);
+    }
+    return undefined;
+  }
+  if (verb === '-L' || verb === '-S' || verb === '-C') return undefined;
+  if (chain === undefined || chain.length > 64) return 'it names no chain';
+  if (verb === '-N') return void draft.chain(table, chain);
+  if (verb === '-P') {
+    draft.chain(table, chain).policy = number ?? 'ACCEPT';
+    return undefined;
+  }
+  if (verb === '-E') return 'a chain is renamed there, which is not followed';
+  if (!chains.has(chain) && verb === '-D') return 'the rule that it deletes is not in the script';
+  const { rules } = draft.chain(table, chain);
+  const place = number !== undefined && /^[0-9]{1,9}$/.test(number) ? Number(number) : undefined;
+  if (verb === '-D' && place !== undefined) {
+    if (rules.splice(place - 1, 1).length === 0) return `${chain} has no rule ${place}`;
+    return undefined;
+  }
+  const made = parseRules(chain, rest, text, line);
+  if (verb === '-D') {
+    for (const rule of made) {
+      const at = rules.findIndex((known) => sameRule(known, rule));
+      if (at < 0) return 'the rule that it deletes is not in the script';
+      rules.splice(at, 1);
+    }
+    return undefined;
+  }
+  if (verb === '-R') {
+    if (place === undefined || place < 1 || place > rules.length) return `${chain} has no such rule to replace`;
+    rules.splice(place - 1, 1, ...made);
+  } else if (verb === '-I') rules.splice((place ?? 1) - 1, 0, ...made);
+  else rules.push(...made);
+  return undefined;
+}
+
+/** As `iptables -D` compares them: by what they say, not by how it was written. */
+function sameRule(a: Rule, b: Rule): boolean {
+  const key = ({ match, target, comment }: Rule): string => JSON.stringify([match, target, comment]);
+  return key(a) === key(b);
+}
+
+/** Addresses that a script adds, and takes off again. */
+function createLinks() {
+  const addresses: ScriptAddress[] = [];
+  const add = (device: string, address: string, length: number, label: string): void => {
+    const known = addresses.some((a) => a.device === device && a.address === address && a.prefixLength === length);
+    if (!known) addresses.push({ device, address, prefixLength: length, label });
+  };
+  const remove = (matches: (one: ScriptAddress) => boolean): void => {
+    for (let at = addresses.length - 1; at >= 0; at--) {
+      const one = addresses[at];
+      if (one !== undefined && matches(one)) addresses.splice(at, 1);
+    }
+  };
+  return {
+    all: () => addresses,
+    ip: (args: readonly string[]): string | undefined => {
+      const words = args.filter((word) => !/^-(?:4|o|br|brief|family|s|d)$/.test(word));
+      const verb = words[1] ?? 'show';
+      if (!['add', 'a', 'ad', 'append', 'replace', 'change', 'del', 'delete', 'd', 'flush'].includes(verb))
+        return undefined;
+      let text = '';
+      let device = '';
+      let label: string | undefined;
+      for (let at = 2; at < words.length; at++) {
+        const word = words[at] ?? '';
+        if (word === 'dev') device = words[++at] ?? '';
+        else if (word === 'label') label = words[++at];
+        else if (
+          ['brd', 'broadcast', 'scope', 'peer', 'anycast', 'metric', 'valid_lft', 'preferred_lft'].includes(word)
+        )
+          at += 1;
+        else if (word === 'local') text = words[++at] ?? '';
+        else if (/^[0-9]/.test(word)) text = word;
+      }
+      if (verb === 'flush')
+        return void remove((one) => one.device === device && (label === undefined || one.label === label));
+      const [address = '', mask] = text.split('/');
+      const length = mask === undefined ? 32 : prefixLength(mask);
+      if (tryParseIpv4(address) === undefined || length === undefined || device === '')
+        return 'address and link are not understood';
+      if (verb.startsWith('d')) remove((one) => one.device === device && one.address === address);
+      else add(device, address, length, label ?? device);
+      return undefined;
+    },
+    ifconfig: (args: readonly string[]): string | undefined => {
+      const [label = '', ...rest] = args;
+      const device = label.split(':')[0] ?? '';
+      if (rest.length === 0) return undefined;
+      if (rest.includes('down')) {
+        if (label !== device) remove((one) => one.device === device && one.label === label);
+        return undefined;
+      }
+      const [first = '', mask] = (
+        rest.find((word) => tryParseIpv4(word.split('/')[0] ?? '') !== undefined) ?? ''
+      ).split('/');
+      const address = tryParseIpv4(first);
+      if (address === undefined) return undefined;
+      if (rest.includes('del')) return void remove((one) => one.address === first);
+      const netmask = rest.includes('netmask') ? rest[rest.indexOf('netmask') + 1] : mask;
+      // Without a mask the class of the address gives it, as ever since.
+      const classful = ipv4ToNumber(address) < 2 ** 31 ? 8 : ipv4ToNumber(address) < 0xc0000000 ? 16 : 24;
+      const length = netmask === undefined ? classful : prefixLength(netmask);
+      if (length === undefined) return 'the netmask is not understood';
+      add(device, address, length, label);
+      return undefined;
+    },
+  };
+}

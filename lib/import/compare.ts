@@ -57,6 +57,11 @@ export interface Comparable {
   readonly sources: readonly RuleSource[];
   /** Addresses that the host has before the switch. */
   readonly local: ReadonlySet<string>;
+  /**
+   * What the kernel takes as source for a packet of the host to an address of its own: of a secondary address the first
+   * one of its subnet, empty where that is not known. An address that is not in it is its own source.
+   */
+  readonly preferredSources: ReadonlyMap<string, string>;
   /** Mappings of the new table, those that it has already included. */
   readonly mappings: readonly Pick<Mapping, 'guest' | 'address' | 'network'>[];
   /** Mappings that come new: they are compared. */
@@ -127,8 +132,8 @@ export function compare(
   for (const one of all) {
     const { network } = one;
     const scene = createScene(one, all);
-    const add = (kind: Case, guest: string, address: Ipv4 | null, flow: Flow): void => {
-      const was = endsOf(old, scene, flow);
+    const add = (kind: Case, guest: string, address: Ipv4 | null, flow: Flow, before = flow): void => {
+      const was = endsOf(old, scene, before);
       const is = endsOf(next, scene, flow);
       const same = JSON.stringify(was) === JSON.stringify(is);
       results.push({ case: kind, network: network.name, guest, address, old: said(was), new: said(is), same });
@@ -143,7 +148,6 @@ export function compare(
         ['inbound/guest-address', { in: scene.device, source: scene.peer, destination: guest }],
         ['outbound/fabric', { in: scene.bridge, source: guest, destination: scene.peer }],
         ['outbound/other-link', { in: scene.bridge, source: guest, destination: scene.anybody }],
-        ['host/to-guest', { in: undefined, source: address, destination: address }],
         ['host/from-guest', one.own[0] && { in: scene.bridge, source: guest, destination: one.own[0] }],
         [
           'loopback/other-guest',
@@ -154,6 +158,13 @@ export function compare(
         ['loopback/own', { in: scene.bridge, source: guest, destination: address }],
       ];
       for (const [kind, flow] of flows) if (flow !== undefined) add(kind, guest, address, flow);
+      // Our alias stands for itself, so it is its own source.
+      const toGuest = { in: undefined, source: address, destination: address };
+      const preferred = facts.preferredSources.get(address);
+      add('host/to-guest', guest, address, toGuest, {
+        ...toGuest,
+        source: preferred === '' ? HOST_ADDRESS : (preferred ?? address),
+      });
       done += 1;
       if (done % 500 === 0) progress(done, total);
     });

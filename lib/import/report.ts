@@ -181,6 +181,7 @@ export function analyse(facts: ImportFacts, progress?: (done: number, all: numbe
       local: new Set<string>(
         facts.addresses === undefined ? pairs.map((pair) => pair.address) : addresses.map((one) => one.address),
       ),
+      preferredSources: preferredSources(addresses),
       mappings: [
         ...facts.held.map(({ mapping }) => mapping),
         ...pairs.filter((pair) => !pair.mapped).map((pair) => pair.mapping),
@@ -334,6 +335,13 @@ function subnetOf({ address, prefixLength }: StandingAddress): Span {
   const size = 2 ** (32 - prefixLength);
   const first = Math.floor(ipv4ToNumber(address) / size) * size;
   return { first, last: first + size - 1 };
+}
+
+/** What the kernel takes as source towards each secondary address: see `Comparable`. */
+function preferredSources(addresses: readonly StandingAddress[]): ReadonlyMap<string, string> {
+  const key = (one: StandingAddress): string => `${one.device} ${one.prefixLength} ${subnetOf(one).first}`;
+  const first = new Map(addresses.filter(({ secondary }) => !secondary).map((one) => [key(one), one.address]));
+  return new Map(addresses.filter(({ secondary }) => secondary).map((one) => [one.address, first.get(key(one)) ?? '']));
 }
 
 /** The alias as kvm-ib would have it. */

@@ -317,8 +317,9 @@ function showEach(shell: Shell, comparisons: readonly Comparison[]): void {
     for (const name of CLASSES) {
       const own = list.filter((one) => one.case.startsWith(`${name}/`));
       const differing = own.filter(({ same }) => !same);
-      const [first] = own;
-      if (first !== undefined && differing.length === 0) shell.out(`    same     ${name.padEnd(22)} ${first.new}\n`);
+      const [alike] = own.filter(({ same }) => same);
+      const what = differing.length === 0 ? name : alike?.case;
+      if (alike !== undefined) shell.out(`    same     ${(what ?? '').padEnd(22)} ${alike.new}\n`);
       for (const one of differing) {
         shell.out(`    ${marked(shell, 'DIFFERS')}  ${one.case.padEnd(22)} before: ${one.old}; after: ${one.new}\n`);
       }
@@ -348,11 +349,14 @@ function showGrouped(shell: Shell, comparisons: readonly Comparison[]): void {
   shell.out('  (each address by itself: --all, or --json)\n');
 }
 
-function general(text: string, { guest, address }: Comparison): string {
-  return text
-    .split(/(?<![0-9.])((?:[0-9]{1,3}\.){3}[0-9]{1,3})(?![0-9.]*[0-9])/)
-    .map((part) => (part === guest ? 'the guest' : part === address ? 'its IB address' : part))
-    .join('');
+/** The same text for every guest: addresses become words. */
+function general(text: string, { case: kind, guest, address }: Comparison): string {
+  const word = (found: string): string => {
+    if (found === guest) return 'the guest';
+    if (found === address) return 'its IB address';
+    return kind === 'loopback/other-guest' ? 'the sender' : found;
+  };
+  return text.replace(/(?<![0-9.])(?:[0-9]{1,3}\.){3}[0-9]{1,3}(?![0-9.])/g, word);
 }
 
 function marked(shell: Shell, text: string): string {

@@ -20,7 +20,7 @@ import type { Journal, JournalMapping, JournalRules } from '../import/journal.ts
 import { JOURNAL_VERSION } from '../import/journal.ts';
 import type { JournalPhase } from '../import/phase.ts';
 import type { Acceptance, ImportReport } from '../import/report.ts';
-import { differingCases, unaccepted } from '../import/report.ts';
+import { differingCases, groupBy, unaccepted } from '../import/report.ts';
 import { removalText, returnPlan, textsOf } from '../iptables/change.ts';
 import { parseSaved } from '../iptables/save.ts';
 import type { Table, Variant } from '../iptables/table.ts';
@@ -286,8 +286,7 @@ async function goOver(
   const spec = neededSpec(host, mappings, others, false);
   await loadTable(host, spec, mappings, await host.nat.list(spec), 'keep');
 
-  step('aliases')(0, 1);
-  const fresh = await adopt(ports, journal, standing, all);
+  const fresh = await adopt(ports, journal, standing, all, step('aliases'));
   step('rules')(0, 1);
   const rules = await takeRules(ports, journal);
   ports.journal.setPhase('applied');
@@ -336,6 +335,9 @@ function writeFiles(host: Host, journal: Journal, progress: Progress): void {
   }
 }
 
+/** Addresses that are changed in one go. */
+const PART = 250;
+
 /**
  * Our aliases beside the old addresses, then the old ones off. An old one that differs from ours by its label alone cannot
  * stand beside it: it goes first, which no packet notices, since what is translated is not looked up as the host's.
@@ -346,6 +348,7 @@ async function adopt(
   journal: Journal,
   standing: readonly Mapping[],
   all: readonly StandingAddress[],
+  progress: Progress,
 ): Promise<readonly Mapping[]> {
   const { addresses } = ports;
   const present = new Set(all.map((one) => addressKey(one)));
@@ -367,8 +370,20 @@ async function adopt(
     await addresses.take([before]);
     await addresses.put([aliasOf(mapping)]);
   }
-  await addresses.put(missing.map(aliasOf));
-  await takeAddresses(ports, [...wide, ...inTheWay.values()], journal.promoting);
+  // By parts: what the kernel needs for an address grows with how many there are.
+  const plain = new Map<string, StandingAddress[]>();
+  for (const one of wide.filter(({ secondary }) => secondary))
+    plain.set(one.address, [...(plain.get(one.address) ?? []), one]);
+  for (let at = 0; at < missing.length; at += PART) {
+    const part = missing.slice(at, at + PART);
+    await addresses.put(part.map(aliasOf));
+    await addresses.take(part.flatMap(({ address }) => plain.get(address) ?? []));
+    for (const { address } of part) plain.delete(address);
+    progress(at, missing.length);
+  }
+  const rest = [...plain.values()].flat();
+  const first = wide.filter(({ secondary }) => !secondary);
+  await takeAddresses(ports, [...rest, ...first, ...inTheWay.values()], journal.promoting);
   return missing.filter((mapping) => !local.has(mapping.address));
 }
 
@@ -482,22 +497,19 @@ async function afterFailure(host: Host, ports: ImportHost, journal: Journal, cau
 async function goBack(host: Host, ports: ImportHost, journal: Journal, dryRun: boolean): Promise<RollbackResult> {
   const { files } = host.store.all();
   const phase = ports.journal.read()?.phase;
-  const standing = new Set(standingOf(journal, files).map(({ guest }) => guest));
+  const standing = new Set<string>(standingOf(journal, files).map(({ guest }) => guest));
   // Before the switch, and on the way back, a mapping without a file has not ended: it was not there yet, or is gone again.
   const isSettled = phase === 'applied' || phase === 'switching';
-  const comesBack = (guest: string): boolean =>
-    !isSettled ||
-    journal.mappings.some((one) => one.mapping.guest === guest && (one.mapped || standing.has(one.mapping.guest)));
-  const back = new Set(journal.mappings.map(({ mapping }) => mapping.guest).filter(comesBack));
+  const back = new Set(
+    journal.mappings.map(({ mapping }) => mapping.guest).filter((guest) => !isSettled || standing.has(guest)),
+  );
   const backAddresses = new Set(
     journal.mappings.filter(({ mapping }) => back.has(mapping.guest)).map(({ mapping }) => mapping.address),
   );
   const ours = journal.mappings.filter(({ mapped }) => !mapped).map(({ mapping }) => mapping);
   const after = files.flatMap((file) => file.mappings.map((mapping) => ({ owner: file.owner, mapping })));
-  const later = after.filter(
-    ({ mapping }) =>
-      !journal.mappings.some((one) => one.mapping.guest === mapping.guest && one.mapping.address === mapping.address),
-  );
+  const imported = new Map<string, string>(journal.mappings.map(({ mapping }) => [mapping.guest, mapping.address]));
+  const later = after.filter(({ mapping }) => imported.get(mapping.guest) !== mapping.address);
   const [stranger] = later;
   if (!journal.loaded && stranger !== undefined) {
     throw new KvmIbError('conflict', 'Cannot roll the import back', {
@@ -545,11 +557,7 @@ async function goBack(host: Host, ports: ImportHost, journal: Journal, dryRun: b
     await ports.iptables.restore(one.variant, one.back.text);
     verify(one.variant, await readNat(ports, one.variant), one.back.expected);
   }
-  await putOldAddresses(ports, returning, ours);
-  const devices = new Set<string>(ours.map(({ device }) => device));
-  const oursByKey = new Set(ours.map(aliasKey));
-  const standingNow = (await ports.addresses.standing()).filter(({ device }) => devices.has(device));
-  await ports.addresses.take(standingNow.filter((one) => one.prefixLength === 32 && oursByKey.has(aliasKey(one))));
+  await giveBack(ports, returning, ours);
   if (journal.loaded) await takePairs(host, ours);
   else {
     await host.nat.remove();
@@ -560,21 +568,18 @@ async function goBack(host: Host, ports: ImportHost, journal: Journal, dryRun: b
   return result;
 }
 
-/** The first of a subnet first, so that the others are secondary to it again. */
-async function putOldAddresses(
-  ports: ImportHost,
-  list: readonly StandingAddress[],
-  ours: readonly Mapping[],
-): Promise<void> {
-  const wide = list.filter((one) => one.prefixLength !== 32).sort((a, b) => Number(a.secondary) - Number(b.secondary));
-  await ports.addresses.put(wide);
-  const present = new Set((await ports.addresses.standing()).map((one) => addressKey(one)));
-  const byAddress = new Map<string, Mapping>(ours.map((mapping) => [mapping.address, mapping]));
-  for (const one of list.filter(({ prefixLength }) => prefixLength === 32)) {
-    if (present.has(addressKey(one))) continue;
-    const mapping = byAddress.get(one.address);
-    if (mapping !== undefined) await ports.addresses.take([aliasOf(mapping)]);
-    await ports.addresses.put([one]);
+/** The old addresses on, our aliases off. The first of a subnet comes first, so that the others are secondary to it again. */
+async function giveBack(ports: ImportHost, list: readonly StandingAddress[], ours: readonly Mapping[]): Promise<void> {
+  const { addresses } = ports;
+  await addresses.put(list.filter(({ secondary, prefixLength }) => !secondary && prefixLength !== 32));
+  const byAddress = groupBy(list, ({ address }) => address);
+  for (let at = 0; at < ours.length; at += PART) {
+    const part = ours.slice(at, at + PART);
+    const old = part.flatMap(({ address }) => byAddress.get(address) ?? []);
+    await addresses.put(old.filter(({ prefixLength }) => prefixLength !== 32));
+    await addresses.take(part.map(aliasOf));
+    // What differs from ours by its label alone can only come when ours is gone.
+    await addresses.put(old.filter(({ prefixLength }) => prefixLength === 32));
   }
 }
 
@@ -588,10 +593,11 @@ async function takePairs(host: Host, mappings: readonly Mapping[]): Promise<void
 
 function removeFiles(host: Host, ours: readonly Mapping[], journal: Journal): void {
   const owners = new Map(journal.mappings.map(({ owner }) => [ownerName(owner), owner]));
+  const own = groupBy(ours, ({ guest }) => guest);
   for (const owner of owners.values()) {
     const file = host.store.read(owner);
     if (file === undefined) continue;
-    const rest = file.mappings.filter((mapping) => !ours.some((one) => sameMapping(one, mapping)));
+    const rest = file.mappings.filter((mapping) => !own.get(mapping.guest)?.some((one) => sameMapping(one, mapping)));
     if (rest.length === file.mappings.length) continue;
     if (rest.length === 0) host.store.remove(owner);
     else host.store.write({ ...stateFile(host, owner, file.phase, rest), detachedAliases: file.detachedAliases });

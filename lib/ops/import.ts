@@ -103,7 +103,7 @@ export async function analyseHost(
     ...chains.map(
       (chain) => `NAT chain ${chain} of nft is not compared: look at it yourself (nft list chain ${chain})`,
     ),
-    ...(sources.length > 1
+    ...(sources.filter(hasNatRules).length > 1
       ? ['both iptables-legacy and iptables-nft have rules here: where both decide, it matters which was there first']
       : []),
   ];
@@ -116,6 +116,10 @@ export async function analyseHost(
     loaded: table,
     libvirtSilent: silent,
   };
+}
+
+function hasNatRules({ tables }: RuleSource): boolean {
+  return [...(tables.get('nat')?.chains.values() ?? [])].some(({ rules }) => rules.length > 0);
 }
 
 /** More than any host has; a file that is larger is not what it is taken for. */

@@ -20,11 +20,13 @@ import {
   openTarget,
   runSteps,
 } from '../host/installer.ts';
+import { createIptables } from '../host/iptables.ts';
 import { DEFAULT_RUN_DIR, DEFAULT_STATE_DIR, FIXED_PATHS } from '../host/paths.ts';
 import { createStore } from '../host/store.ts';
 import { createHost, requireRights } from '../host/this-host.ts';
 import { parseNetwork, subnetOf } from '../libvirt/network.ts';
-import { parseOneVersion } from '../opennebula/registration.ts';
+import { DRIVER, otherNames, parseOneVersion } from '../opennebula/registration.ts';
+import { guestsUnderOldRules } from '../ops/import.ts';
 import type { Item, Note, Operation, Sign, Step } from '../ops/install.ts';
 import { isChange, octal, planInstall, planUninstall } from '../ops/install.ts';
 import type { FrontEndFacts } from '../ops/install-front-end.ts';
@@ -36,6 +38,7 @@ import {
   frontEndRemovals,
   ONED_CONF,
   REMOTES,
+  refuseOlderDriver,
   syncedSize,
   templateItems,
   VERSION_FILE,
@@ -187,6 +190,7 @@ async function installHost(shell: Shell, options: HostOptions): Promise<void> {
   const pack = findPackage();
   const facts = await hostFacts(target, options);
   if (target.live) requireNode(target);
+  if (target.live && facts.config !== null && !options.dryRun) await refuseOldRules(facts.config, options);
   const items = hostItems(facts, packageFiles(pack));
   const record = target.readRecord(HOST_RECORD);
   const look = target.observe(pack, record.files);
@@ -213,6 +217,17 @@ async function installHost(shell: Shell, options: HostOptions): Promise<void> {
   }
   const next = facts.live && facts.config !== null ? 'Next: `kvm-ib config check`, then `kvm-ib status`.' : undefined;
   show(shell, options, { operations, steps, results, notes: hostNotes(facts), next });
+}
+
+/** The units load the table, whose guards drop what has no mapping: guests that older rules serve come over first. */
+async function refuseOldRules(config: Config, options: HostOptions): Promise<void> {
+  const guests = await guestsUnderOldRules(config, createIptables(exec));
+  if (guests.length === 0) return;
+  const file = options.config === undefined ? '' : ` --config ${options.config}`;
+  throw new KvmIbError('conflict', 'Cannot install the host', {
+    why: `rules of iptables translate ${guests.length === 1 ? guests[0] : `${guests.length} guests`} still, whom kvm-ib would cut off`,
+    fix: `take them over first: ${process.argv[1] === undefined ? 'kvm-ib' : `node ${process.argv[1]}`} import${file} (docs/migrate.md)`,
+  });
 }
 
 function networkFile(name: string): string {
@@ -450,7 +465,9 @@ async function installFrontEnd(shell: Shell, options: FrontEndOptions): Promise<
   const pack = findPackage();
   const facts = frontEndFacts(target, options);
   const given = options.config === undefined ? null : readConfigText(options.config);
-  const driver = planInstall(frontEndItems(pack.list('drivers'), given), target.observe(pack, new Map()));
+  const look = target.observe(pack, new Map());
+  refuseOlderDriver(look);
+  const driver = planInstall(frontEndItems(pack.list('drivers'), given), look);
   // Wherever the driver goes, the templates are for the operator of this machine.
   const here = openTarget('/', FRONT_END_USER);
   const templates =
@@ -550,10 +567,11 @@ async function refuseWhileHostsRun(target: Target): Promise<void> {
   if (asked instanceof KvmIbError || asked.status !== 0) {
     throw refuse('OpenNebula does not say which hosts use it (`onehost list` failed)');
   }
+  const names = [DRIVER, ...otherNames(target.readText(ONED_CONF))];
   const busy = (asked.stdout.match(/<HOST>[\s\S]*?<\/HOST>/g) ?? []).flatMap((host) => {
     const text = (tag: string): string =>
       new RegExp(`<${tag}>\\s*(?:<!\\[CDATA\\[)?([^<\\]]*)`).exec(host)?.[1]?.trim() ?? '';
-    return text('VM_MAD') === 'kvm-ib' && Number(text('RUNNING_VMS')) > 0 ? [printable(text('NAME'), 60)] : [];
+    return names.includes(text('VM_MAD')) && Number(text('RUNNING_VMS')) > 0 ? [printable(text('NAME'), 60)] : [];
   });
   if (busy.length > 0) throw refuse(`VMs run on hosts of this driver: ${busy.slice(0, 10).join(', ')}`);
 }

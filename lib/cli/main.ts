@@ -13,6 +13,7 @@ import type { Change } from '../core/plan.ts';
 import { describe } from '../core/plan.ts';
 import { readConfig } from '../host/config-file.ts';
 import { exec } from '../host/exec.ts';
+import { createIptables, legacyTables } from '../host/iptables.ts';
 import { createLinks } from '../host/links.ts';
 import { pathsFrom } from '../host/paths.ts';
 import { ownIdentity } from '../host/process.ts';
@@ -24,9 +25,10 @@ import type { Selection } from '../ops/announce.ts';
 import { announce } from '../ops/announce.ts';
 import { checkConfig } from '../ops/check.ts';
 import type { Host } from '../ops/host.ts';
+import { guestsUnderOldRules } from '../ops/import.ts';
 import type { Outdated } from '../ops/inspect.ts';
 import { list, status } from '../ops/inspect.ts';
-import { obstacles } from '../ops/obstacles.ts';
+import { obstacles, oldRulesFinding } from '../ops/obstacles.ts';
 import { reconcileAndPublish } from '../ops/publish.ts';
 import { sync } from '../ops/sync.ts';
 import { teardown } from '../ops/teardown.ts';
@@ -475,7 +477,8 @@ async function configCheck(options: CommonOptions): Promise<void> {
   const config = readConfig(file);
   const findings = [
     ...(await checkConfig({ config, links: createLinks() }, { read: readSysctl })),
-    ...(await obstacles(exec, config.networks, readProc('/proc/net/ip_tables_names')?.split('\n') ?? [])),
+    ...(await obstacles(exec, config.networks, legacyTables())),
+    ...oldRulesFinding(await guestsUnderOldRules(config, createIptables(exec)).catch(() => [])),
   ];
   const worst =
     findings.find((f) => f.level === 'error' && f.code === 'conflict') ?? findings.find((f) => f.level === 'error');

@@ -145,18 +145,26 @@ function translating(source: RuleSource, table: Table, hook: string, rule: Rule,
   if (from === undefined) return `it has no single ${which} address`;
   const ports = match.other.find((condition) => PORTS.test(condition));
   if (ports !== undefined) return `it is for some ports only (${ports})`;
-  if (match.states.some(({ names, negated }) => names.includes('NEW') === negated)) {
+  if (match.states.some(({ names, negated }) => (negated ? names.includes('NEW') : !names.some(isSeen)))) {
     return 'its states are never seen in table nat, which has only first packets';
   }
   const rest = target.kind === 'dnat' ? match.sources : match.destinations;
   const links = [match.in, match.out].filter((link): link is LinkMatch => link !== undefined);
   const conditions = [
     ...rest.map((span) => `${span.negated ? '! ' : ''}${target.kind === 'dnat' ? '-s' : '-d'} ${printSpan(span)}`),
+    ...match.states
+      .filter(({ names, negated }) => !negated && !names.includes('NEW'))
+      .map(({ names }) => `--ctstate ${names.join()}`),
     ...(match.protocol === undefined ? [] : [`${match.protocol.negated ? '! ' : ''}-p ${match.protocol.names.join()}`]),
     ...match.other,
   ];
   const [guest, address] = target.kind === 'dnat' ? [to, from] : [from, to];
   return { source, table: table.name, rule, kind: target.kind, hook, guest, address, links, conditions };
+}
+
+/** Of a first packet conntrack may also say that it has been translated. */
+function isSeen(state: string): boolean {
+  return state === 'NEW' || state === 'DNAT' || state === 'SNAT';
 }
 
 function namedTarget(name: string): string {

@@ -150,20 +150,10 @@ export function analyse(facts: ImportFacts, progress?: (done: number, all: numbe
     }
     const known = byKey.get(guest);
     const nic = own === 'same' ? undefined : nicOf(facts, nics, guest);
-    const mapping =
-      own === 'same' && known !== undefined
-        ? known.mapping
-        : resolveMapping(facts.config, {
-            guest,
-            address,
-            mac: nic?.mac ?? null,
-            vm: nic?.vm ?? null,
-            nic: nic?.vm == null ? null : nic.nic,
-          });
+    const mapping = own === 'same' && known !== undefined ? known.mapping : mappingOf(facts.config, candidate, nic);
     pairs.push({
       guest,
       address,
-      // Which place in the range it has is told by the configuration; the old rules named it.
       mapping,
       owner: own === 'same' && known !== undefined ? known.owner : ownerOf(mapping),
       mapped: own === 'same',
@@ -205,6 +195,12 @@ export function analyse(facts: ImportFacts, progress?: (done: number, all: numbe
     warnings: [],
   };
   return { report, removed };
+}
+
+/** Guest addresses of a configuration that rules translate both ways: our guards would cut them off. */
+export function translatedGuests(config: Config, sources: readonly RuleSource[]): readonly Ipv4[] {
+  const pairs = findPairs(sources).candidates.filter((one) => isPair(one) && typeof placeOf(config, one) !== 'string');
+  return [...new Set(pairs.map(({ guest }) => guest))];
 }
 
 /** Differences that nobody has accepted, by case. */
@@ -371,6 +367,14 @@ function nicOf(facts: ImportFacts, nics: ReadonlyMap<Mac, GuestNic>, guest: Ipv4
     .join(':');
   const made = (facts.nics ?? []).filter(({ mac }) => mac.endsWith(end));
   return made.length === 1 ? made[0] : undefined;
+}
+
+/** Named only where the configuration would give the guest another address. */
+function mappingOf(config: Config, { guest, address }: Candidate, nic: GuestNic | undefined): Mapping {
+  const vm = nic?.vm ?? null;
+  const wish = { guest, mac: nic?.mac ?? null, vm, nic: vm === null ? null : (nic?.nic ?? null) };
+  const usual = resolveMapping(config, wish);
+  return usual.address === address ? usual : resolveMapping(config, { ...wish, address });
 }
 
 function notesOf(config: Config, mapping: Mapping, { rules }: Candidate, nic: GuestNic | undefined): readonly string[] {

@@ -81,6 +81,7 @@ const LAST_ADDRESS = 2 ** 32 - 1;
 const SHORT: Readonly<Record<string, string>> = {
   '--source': '-s',
   '--src': '-s',
+  '--dest': '-d',
   '--destination': '-d',
   '--dst': '-d',
   '--in-interface': '-i',
@@ -93,6 +94,9 @@ const SHORT: Readonly<Record<string, string>> = {
 };
 /** Modules that say nothing by themselves, or whose options are all understood or kept. */
 const TRANSPARENT = new Set(['tcp', 'udp', 'icmp', 'sctp', 'comment', 'state', 'conntrack', 'iprange', 'addrtype']);
+/** Options of tcp, udp and icmp, which iptables loads with `-p`: they are none of the module or target before them. */
+const PROTOCOL_OPTIONS = /^--(?:[ds]port|(?:destination|source)-port|icmp-type|syn|tcp-flags|tcp-option)$/;
+const NAT_OPTIONS = new Set(['--random', '--random-fully', '--persistent']);
 const PROTOCOL_NAMES: Readonly<Record<string, string>> = { '1': 'icmp', '6': 'tcp', '17': 'udp' };
 
 /**
@@ -121,7 +125,6 @@ export function parseRules(chain: string, words: readonly string[], text: string
     const word = words[at] ?? '';
     if (word === '!') {
       negated = true;
-      open = undefined;
       continue;
     }
     const option = SHORT[word] ?? word;
@@ -172,13 +175,13 @@ export function parseRules(chain: string, words: readonly string[], text: string
     } else if (word === '--dst-type' && words[at + 1] === 'LOCAL') {
       value();
       toLocal = !negated;
-    } else if (target !== undefined && word.startsWith('--')) {
+    } else if (target !== undefined && open === undefined && !negated && isTargetOption(target.name, word)) {
       const name = translationOption(target.name);
       if (name?.startsWith(word)) translation = parseTranslation(value()) ?? translation;
       targetOptions.push(word);
     } else if (word === '--notrack') targetOptions.push(word);
     else if (word.startsWith('-')) {
-      if (open?.[0] === '-m' || open?.[1] === '-m') open.push(...(negated ? ['!'] : []), word);
+      if (open?.[0] === '-m' && !PROTOCOL_OPTIONS.test(word)) open.push(...(negated ? ['!'] : []), word);
       else {
         keep(word);
         open = other.at(-1);
@@ -186,7 +189,8 @@ export function parseRules(chain: string, words: readonly string[], text: string
       negated = false;
       continue;
     } else if (open !== undefined) {
-      open.push(word);
+      open.push(...(negated ? ['!'] : []), word);
+      negated = false;
       continue;
     } else if (target !== undefined) targetOptions.push(word);
     else keep(word);
@@ -201,6 +205,17 @@ export function parseRules(chain: string, words: readonly string[], text: string
     other: other.map((kept) => kept.join(' ')),
   };
   const made = targetOf(target, translation, targetOptions);
+  const size = [...sources, ...destinations].reduce((product, list) => product * Math.max(1, list.length), 1);
+  if (size > MAX_PRODUCT) {
+    // Not followed one by one: it may match anything.
+    const much = {
+      ...match,
+      sources: [],
+      destinations: [],
+      other: [...match.other, `a list of ${size} pairs of addresses`],
+    };
+    return [{ chain, line, text, match: much, target: made, comment }];
+  }
   return product(sources).flatMap((from) =>
     product(destinations).map((to): Rule => {
       return { chain, line, text, match: { ...match, sources: from, destinations: to }, target: made, comment };
@@ -215,7 +230,7 @@ function product(lists: readonly (readonly (AddressMatch | undefined)[])[]): rea
     // A condition that every address meets is none.
     const real = list.filter((one): one is AddressMatch => one !== undefined);
     const choices = real.some((one) => !one.negated && isEverything(one)) ? [[]] : real.map((one) => [one]);
-    all = all.flatMap((before) => choices.map((one) => [...before, ...one])).slice(0, MAX_PRODUCT);
+    all = all.flatMap((before) => choices.map((one) => [...before, ...one]));
   }
   return all;
 }
@@ -257,6 +272,13 @@ function targetOf(
   return { kind: 'named', name: target?.name ?? '', goto: target?.goto ?? false, options: options.join(' ') };
 }
 
+/** Matches may stand behind the target as well; of a target that is not known here, what is not a port is its own. */
+function isTargetOption(target: string, word: string): boolean {
+  if (!word.startsWith('--') || PROTOCOL_OPTIONS.test(word)) return false;
+  const name = translationOption(target);
+  return name === undefined || (word.length > 3 && name.startsWith(word)) || NAT_OPTIONS.has(word);
+}
+
 /** iptables takes any beginning of it: `--to`, `--to-s`. */
 function translationOption(target: string): string | undefined {
   return target === 'DNAT' ? '--to-destination' : target === 'SNAT' ? '--to-source' : undefined;
@@ -268,7 +290,10 @@ function parseTranslation(text: string): Translation | undefined {
   return span && { ...span, ports: ports.length === 0 ? undefined : ports.join(':') };
 }
 
-/** An address, a prefix with a length or a contiguous mask, or "first-last". Host bits are cut off, as iptables does. */
+/**
+ * An address, a prefix with a length or a contiguous mask, or "first-last". Host bits are cut off, and octets that are not
+ * said are 0 ("10/8"), as iptables does.
+ */
 export function parseSpan(text: string): Span | undefined {
   const [from, to, ...more] = text.split('-');
   if (more.length > 0) return undefined;
@@ -280,7 +305,7 @@ export function parseSpan(text: string): Span | undefined {
     return span.first <= span.last ? span : undefined;
   }
   const [base = '', mask, ...rest] = text.split('/');
-  const address = tryParseIpv4(base);
+  const address = tryParseIpv4(base + '.0'.repeat(Math.max(0, 4 - base.split('.').length)));
   if (address === undefined || rest.length > 0) return undefined;
   const length = mask === undefined ? 32 : prefixLength(mask);
   if (length === undefined) return undefined;

@@ -5,9 +5,11 @@ import type { Parsed, Skipped } from './table.ts';
 import { draftTables } from './table.ts';
 import { splitSaved } from './words.ts';
 
-/** Whether a text is of iptables-save rather than of a shell: its first line that says something begins a table. */
+/** Whether a text is of iptables-save rather than of a shell: a line begins a table, and no here-document begins before. */
 export function looksSaved(text: string): boolean {
-  return /^\s*\*[a-z]+\s*$/m.test(text.slice(0, 65_536));
+  const begin = text.slice(0, 65_536);
+  const table = /^\s*\*[a-z]+\s*$/m.exec(begin);
+  return table !== null && !/^[^#\n]*<</m.test(begin.slice(0, table.index));
 }
 
 /** Lines that are not understood are passed over and named; a rule is never guessed. */

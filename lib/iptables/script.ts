@@ -13,6 +13,8 @@ import { type Piece, type ShellToken, splitShell } from './words.ts';
 /** Commands that one script may come to, loops counted out. */
 const MAX_COMMANDS = 200_000;
 const MAX_DEPTH = 40;
+/** Words that one word with braces may come to. */
+const MAX_WORDS = 70_000;
 
 type Word = readonly Piece[];
 type Node =
@@ -49,7 +51,8 @@ function tokensOf(text: string, skipped: Skipped[]): readonly Token[] {
   for (let at = 0; at < lines.length; at++) {
     const line = at + 1;
     let logical = (lines[at] ?? '').replace(/\r$/, '');
-    while (/(?:^|[^\\])\\$/.test(logical) && at + 1 < lines.length) {
+    // A comment ends with its line, whatever stands there.
+    while (/(?:^|[^\\])\\$/.test(logical) && !/^\s*#/.test(logical) && at + 1 < lines.length) {
       logical = `${logical.slice(0, -1)} ${(lines[++at] ?? '').replace(/\r$/, '')}`;
     }
     const found = splitShell(logical);
@@ -209,13 +212,16 @@ function createReader(tokens: readonly Token[]) {
 class Unknown extends Error {}
 
 interface Scope {
-  readonly variables: Map<string, string>;
+  /** Undefined: it is set to what the script does not say. */
+  readonly variables: Map<string, string | undefined>;
   readonly positional: readonly string[];
+  /** Variables of this function alone, with what they were outside; undefined: no function runs. */
+  readonly outer: Map<string, string | undefined> | undefined;
 }
 
 function createRun(skipped: Skipped[]) {
   const draft = draftTables();
-  const scope: { current: Scope } = { current: { variables: new Map(), positional: [] } };
+  const scope: { current: Scope } = { current: { variables: new Map(), positional: [], outer: undefined } };
   const functions = new Map<string, readonly Node[]>();
   const links = createLinks();
   let commands = 0;
@@ -241,7 +247,8 @@ function createRun(skipped: Skipped[]) {
         values = node.words.flatMap((word) => expand(word, scope.current));
       } catch (error) {
         if (!(error instanceof Unknown)) throw error;
-        skipLoop(node.body, `it stands in a loop over what is not known: ${error.message}`);
+        scope.current.variables.set(node.name, undefined);
+        skipAll(node.body, `it stands in a loop over what is not known: ${error.message}`);
         return;
       }
       for (const value of values) {
@@ -251,72 +258,198 @@ function createRun(skipped: Skipped[]) {
       return;
     }
     const shown = (): string => printable(node.words.map(plainText).join(' '), 120);
+    const isSure = node.maybe === undefined;
     try {
-      const [first, ...rest] = withoutPrefixes(node.words.flatMap((word) => assignmentOrWords(word, scope.current)));
+      if (['local', 'declare', 'typeset'].includes(bare(node.words[0]) ?? ''))
+        keepOuter(node.words.slice(1), scope.current);
+      const [first, ...rest] = withoutPrefixes(wordsOf(node.words, scope.current, isSure));
       const body = first === undefined ? undefined : functions.get(first);
       if (body !== undefined) {
         if (node.maybe !== undefined || depth >= MAX_DEPTH) {
-          skipLoop(body, node.maybe ?? 'functions call each other too deeply');
+          skipAll(body, node.maybe ?? 'functions call each other too deeply');
           return;
         }
         const outer = scope.current;
-        scope.current = { variables: outer.variables, positional: rest };
+        const kept = new Map<string, string | undefined>();
+        scope.current = { variables: outer.variables, positional: rest, outer: kept };
         all(body, depth + 1);
+        for (const [name, value] of kept) outer.variables.set(name, value);
         scope.current = outer;
         return;
       }
       if (first === undefined) return;
+      const changed = changeScope(first, rest, scope.current, isSure);
+      if (changed !== undefined) {
+        scope.current = changed;
+        return;
+      }
       const name = first.slice(first.lastIndexOf('/') + 1);
-      if (!isOfInterest(name, rest)) return;
+      if (!isOfInterest(name, rest)) {
+        if (runsIptables(name, rest)) {
+          skipped.push({
+            line: node.line,
+            text: shown(),
+            why: `what \`${printable(name, 40)}\` does with it is not known`,
+          });
+        }
+        return;
+      }
       const why = node.maybe ?? perform(draft, links, name, rest, node.line);
       if (why !== undefined) skipped.push({ line: node.line, text: shown(), why });
     } catch (error) {
       if (!(error instanceof Unknown)) throw error;
-      if (/iptables|\bip\b|ifconfig/i.test(shown()))
-        skipped.push({ line: node.line, text: shown(), why: error.message });
+      const why = node.maybe ?? error.message;
+      const body = functions.get(bare(node.words[0]) ?? '');
+      if (body !== undefined) skipAll(body, why);
+      else if (isTelling(node.words)) skipped.push({ line: node.line, text: shown(), why });
     }
   };
 
-  const skipLoop = (nodes: readonly Node[], why: string): void => {
+  const passed = new Set<string>();
+  /** Passes over commands that may run or not; what they set is not known then. */
+  const skipAll = (nodes: readonly Node[], why: string, depth = 0): void => {
+    const { variables } = scope.current;
     for (const node of nodes) {
-      if (node.kind !== 'command') skipLoop(node.kind === 'for' ? node.body : [], why);
-      else {
-        const text = node.words.map(plainText).join(' ');
-        if (/iptables|\bip\s+(?:-4\s+)?a|ifconfig/i.test(text))
-          skipped.push({ line: node.line, text: printable(text, 120), why });
+      if (node.kind === 'function') continue;
+      if (node.kind === 'for') {
+        variables.set(node.name, undefined);
+        skipAll(node.body, why, depth);
+        continue;
       }
+      for (const word of node.words) {
+        const name = word[0]?.quoted === false ? /^([A-Za-z_][A-Za-z0-9_]*)\+?=/.exec(word[0].text)?.[1] : undefined;
+        if (name === undefined) break;
+        variables.set(name, undefined);
+      }
+      const [first, ...rest] = node.words.map(plainText);
+      if (first !== undefined) scope.current = changeScope(first, rest, scope.current, false) ?? scope.current;
+      const body = functions.get(bare(node.words[0]) ?? '');
+      const key = `${node.line} ${why}`;
+      if (body !== undefined && depth < MAX_DEPTH) {
+        if (!passed.has(key)) skipAll(body, why, depth + 1);
+      } else if (isTelling(node.words) && !passed.has(key)) {
+        skipped.push({ line: node.line, text: printable(node.words.map(plainText).join(' '), 120), why });
+      }
+      passed.add(key);
     }
   };
 
   return { draft, all, addresses: links.all };
 }
 
-/** An assignment is kept and gives no word. */
-function assignmentOrWords(word: Word, scope: Scope): readonly string[] {
+/** Whether a command that cannot be followed may be one that is looked for; its name may be in a variable. */
+function isTelling(words: readonly Word[]): boolean {
+  const text = words.map(plainText).join(' ');
+  return /iptables|\bip\s+(?:-\S+\s+)*a|ifconfig/i.test(text) || /^\$.* -(?:[AIDRFXNPj]|t ?nat)(?: |$)/.test(text);
+}
+
+/** The words of a command; assignments are what stands before its name, or behind a word such as `export`. */
+function wordsOf(list: readonly Word[], scope: Scope, isSure: boolean): readonly string[] {
+  let isNamed = false;
+  return list.flatMap((word) => {
+    if (isNamed) return expand(word, scope);
+    const words = assignmentOrWords(word, scope, isSure);
+    isNamed = words.some((one) => !one.startsWith('-') && !PREFIXES.includes(one));
+    return words;
+  });
+}
+
+/**
+ * An assignment is kept and gives no word.
+ * @param isSure false: it may not be made at all, so nobody knows what the variable is then
+ */
+function assignmentOrWords(word: Word, scope: Scope, isSure: boolean): readonly string[] {
   const head = word[0];
-  const assignment = head?.quoted === false ? /^([A-Za-z_][A-Za-z0-9_]*)=/.exec(head.text) : null;
+  const assignment = head?.quoted === false ? /^([A-Za-z_][A-Za-z0-9_]*)(\+?)=/.exec(head.text) : null;
   if (assignment === null || head === undefined) return expand(word, scope);
-  const [prefix = '', name = ''] = assignment;
-  const value = [{ ...head, text: head.text.slice(prefix.length), quoted: true }, ...word.slice(1)];
+  const [prefix = '', name = '', plus] = assignment;
+  const value = [{ ...head, text: head.text.slice(prefix.length) }, ...word.slice(1)];
+  let made: string | undefined;
   try {
-    scope.variables.set(
-      name,
-      expand(
-        value.map((piece) => ({ ...piece, quoted: true })),
-        scope,
-      ).join(' '),
-    );
+    made = expand(
+      value.map((piece) => ({ ...piece, quoted: true })),
+      scope,
+    ).join(' ');
+    if (plus === '+' && scope.variables.has(name)) {
+      const before = scope.variables.get(name);
+      made = before === undefined ? undefined : before + made;
+    }
   } catch (error) {
     if (!(error instanceof Unknown)) throw error;
-    scope.variables.delete(name);
   }
+  scope.variables.set(name, isSure ? made : undefined);
   return [];
 }
+
+/** `local`: what these variables are is forgotten when the function ends. */
+function keepOuter(words: readonly Word[], { variables, outer }: Scope): void {
+  for (const word of words) {
+    const name = /^[A-Za-z_][A-Za-z0-9_]*/.exec(word[0]?.text ?? '')?.[0];
+    if (name !== undefined && outer !== undefined && !outer.has(name)) outer.set(name, variables.get(name));
+  }
+}
+
+/**
+ * Commands of the shell that change variables or `$1`.
+ * @returns undefined when it is none of them
+ */
+function changeScope(name: string, args: readonly string[], scope: Scope, isSure: boolean): Scope | undefined {
+  if (name === 'let') letAll(args, scope, isSure);
+  else if (name === 'read' || name === 'unset') for (const one of args) scope.variables.set(one, undefined);
+  else if (name === 'shift') {
+    const count = Number(args[0] ?? '1');
+    return { ...scope, positional: isSure && Number.isInteger(count) ? scope.positional.slice(count) : [] };
+  } else if (name === 'set') {
+    const at = args.indexOf('--');
+    return at < 0 ? scope : { ...scope, positional: isSure ? args.slice(at + 1) : [] };
+  } else return undefined;
+  return scope;
+}
+
+/** `let n++`, `let n+=2`, `let n=m+1`; what else it may be makes all that it names unknown. */
+function letAll(expressions: readonly string[], scope: Scope, isSure: boolean): void {
+  for (const expression of expressions) {
+    const text = expression.replace(/\s+/g, '');
+    const step = /^(?:([A-Za-z_][A-Za-z0-9_]*)(\+\+|--)|(\+\+|--)([A-Za-z_][A-Za-z0-9_]*))$/.exec(text);
+    const assignment = /^([A-Za-z_][A-Za-z0-9_]*)([-+]?)=([^=].*)$/.exec(text);
+    const name = step?.[1] ?? step?.[4] ?? assignment?.[1];
+    let made: string | undefined;
+    try {
+      if (step !== null) made = String(calculate(`${name}${(step[2] ?? step[3] ?? '').charAt(0)}1`, scope));
+      else if (assignment !== null) {
+        const [, , sign = '', value = ''] = assignment;
+        const right = calculate(value, scope);
+        made = String(sign === '' ? right : calculate(`${name}`, scope) + (sign === '-' ? -right : right));
+      }
+    } catch (error) {
+      if (!(error instanceof Unknown)) throw error;
+    }
+    // A comparison sets nothing.
+    const sets = name !== undefined || /\+\+|--|(?:^|[^=!<>])=(?!=)|<<=|>>=/.test(text);
+    const names = name === undefined ? (text.match(/[A-Za-z_][A-Za-z0-9_]*/g) ?? []) : [name];
+    if (!sets) continue;
+    for (const one of names) scope.variables.set(one, isSure ? made : undefined);
+  }
+}
+
+const PREFIXES: readonly string[] = [
+  'sudo',
+  'exec',
+  'command',
+  'nohup',
+  'time',
+  'export',
+  'local',
+  'readonly',
+  'env',
+  'declare',
+  'typeset',
+];
 
 /** What only says how a command is run. */
 function withoutPrefixes(words: readonly string[]): readonly string[] {
   let at = 0;
-  while (['sudo', 'exec', 'command', 'nohup', 'time', 'export', 'local', 'readonly', 'env'].includes(words[at] ?? '')) {
+  while (PREFIXES.includes(words[at] ?? '')) {
     at += 1;
     while (words[at]?.startsWith('-')) at += 1;
   }
@@ -325,39 +458,44 @@ function withoutPrefixes(words: readonly string[]): readonly string[] {
 
 /** The words that one word comes to. @throws Unknown when it depends on more than the script */
 function expand(word: Word, scope: Scope): readonly string[] {
-  let words = [''];
-  let any = false;
+  let spread: Word[] = [[]];
   for (const piece of word) {
-    const values = piece.literal ? [piece.text] : substitute(piece.text, scope);
-    // Only an unquoted expansion is split into words.
-    const parts = piece.quoted
-      ? [values.join('')]
-      : values.flatMap((value) => (value === '' ? [] : value.split(/[\t\n ]+/).filter((part) => part !== '')));
-    if (piece.quoted || parts.length > 0) any = true;
-    const braced = piece.quoted ? parts : parts.flatMap(braces);
-    const [first = '', ...more] = braced;
-    // Braces make a word of each; a word split by blanks goes on from the last.
-    if (more.length > 0 && !piece.quoted) words = words.flatMap((before) => braced.map((part) => before + part));
-    else words = words.map((before) => before + first);
-    if (words.length > MAX_COMMANDS) throw new Unknown('braces make too many words of it');
+    const texts = piece.quoted || piece.literal ? [piece.text] : braces(piece.text);
+    if (spread.length * texts.length > MAX_WORDS) throw new Unknown('braces make too many words of it');
+    spread = spread.flatMap((before) => texts.map((text) => [...before, { ...piece, text }]));
   }
-  return any ? words : [];
+  return spread.flatMap((one) => fields(one, scope));
 }
 
-/** `{2..6}` and `{a,b}` of bash. */
+/** A word without braces; only what is not quoted is split at blanks. */
+function fields(word: Word, scope: Scope): readonly string[] {
+  const words: string[] = [];
+  let open: string | undefined;
+  for (const piece of word) {
+    const text = piece.literal ? piece.text : substitute(piece.text, scope);
+    const [first = '', ...more] = piece.quoted ? [text] : text.split(/[\t\n ]+/);
+    if (piece.quoted || first !== '') open = (open ?? '') + first;
+    for (const part of more) {
+      if (open !== undefined) words.push(open);
+      open = part === '' ? undefined : part;
+    }
+  }
+  return open === undefined ? words : [...words, open];
+}
+
+/** `{2..6}` and `{a,b}` of bash, which come before variables: `{2..$n}` and `${n}` are none. */
 function braces(text: string): readonly string[] {
-  const match = /^(.*?)\{([^{}]*)\}(.*)$/s.exec(text);
-  if (match === null) return [text];
-  const [, before = '', inner = '', after = ''] = match;
-  const range = /^(-?[0-9]{1,9})\.\.(-?[0-9]{1,9})$/.exec(inner);
-  const list =
-    range === null
-      ? inner.includes(',')
-        ? inner.split(',')
-        : undefined
-      : sequence(Number(range[1]), 1, Number(range[2]));
-  if (list === undefined) return [text];
-  return list.flatMap((value) => braces(`${before}${value}${after}`));
+  for (const match of text.matchAll(/(?<!\$)\{([^{}]*)\}/g)) {
+    const [whole, inner = ''] = match;
+    const range = /^(-?[0-9]{1,9})\.\.(-?[0-9]{1,9})$/.exec(inner);
+    const plain = inner.includes(',') ? inner.split(',') : undefined;
+    const list = range === null ? plain : sequence(Number(range[1]), 1, Number(range[2]));
+    if (list === undefined) continue;
+    const ends = braces(text.slice(match.index + whole.length));
+    if (list.length * ends.length > MAX_WORDS) throw new Unknown('braces make too many words of it');
+    return list.flatMap((value) => ends.map((rest) => text.slice(0, match.index) + value + rest));
+  }
+  return [text];
 }
 
 function sequence(first: number, step: number, last: number): readonly string[] {
@@ -368,12 +506,12 @@ function sequence(first: number, step: number, last: number): readonly string[] 
 }
 
 /** Variables, arithmetic and `seq`, in a piece that is not literal. */
-function substitute(text: string, scope: Scope): readonly string[] {
+function substitute(text: string, scope: Scope): string {
   let out = '';
   let rest = text;
   while (rest !== '') {
     const at = rest.search(/[$`]/);
-    if (at < 0) return [out + rest];
+    if (at < 0) return out + rest;
     out += rest.slice(0, at);
     rest = rest.slice(at);
     const arithmetic = /^\$\(\((.*?)\)\)/s.exec(rest);
@@ -390,25 +528,33 @@ function substitute(text: string, scope: Scope): readonly string[] {
     } else if (name !== null) {
       const [whole, variable = '', otherwise] = name;
       const value = /^[0-9]/.test(variable) ? scope.positional[Number(variable) - 1] : scope.variables.get(variable);
-      if (value === undefined && otherwise === undefined)
+      if (value === undefined && (otherwise === undefined || scope.variables.has(variable)))
         throw new Unknown(`the script does not say what $${variable} is`);
       out += value ?? otherwise;
       rest = rest.slice(whole.length);
-    } else if (rest === '$') return [`${out}$`];
+    } else if (rest === '$') return `${out}$`;
     else throw new Unknown(`"${printable(rest, 40)}" is not understood`);
     if (out.length > 65_536) throw new Unknown('it becomes too long');
   }
-  return [out];
+  return out;
 }
 
 function ofProgram(text: string, scope: Scope): string {
-  const words = substitute(text, scope).join('').trim().split(/\s+/);
+  const words = substitute(text, scope).trim().split(/\s+/);
   const numbers = words.slice(1).map((word) => (/^-?[0-9]{1,9}$/.test(word) ? Number(word) : Number.NaN));
   const [first = Number.NaN, second = first, third] = numbers;
   if (words[0] === 'seq' && numbers.length <= 3 && numbers.every((n) => !Number.isNaN(n))) {
-    if (third !== undefined) return sequence(first, second, third).join(' ');
-    return (numbers.length === 1 ? sequence(1, 1, first) : sequence(first, 1, second)).join(' ');
+    const [from, step, to] =
+      numbers.length === 1 ? [1, 1, first] : third === undefined ? [first, 1, second] : [first, second, third];
+    if (step === 0) throw new Unknown('it counts in steps of 0');
+    // Unlike braces it never turns round by itself.
+    return to !== from && to > from !== step > 0 ? '' : sequence(from, step, to).join(' ');
   }
+  // Where a program lies does not matter.
+  const found = /^(?:which|command -v|type -p) (\S*iptables\S*|ip|ifconfig)(?: 2>\/dev\/null)?$/.exec(
+    words.join(' '),
+  )?.[1];
+  if (found !== undefined) return found;
   throw new Unknown(`it depends on what \`${printable(words[0] ?? '', 40)}\` prints`);
 }
 
@@ -441,7 +587,36 @@ function calculate(text: string, scope: Scope): number {
 
 function isOfInterest(name: string, args: readonly string[]): boolean {
   if (/^(?:iptables(?:-legacy|-nft)?|iptables(?:-legacy|-nft)?-restore|ifconfig|source|\.)$/.test(name)) return true;
-  return name === 'ip' && args.some((word) => 'address'.startsWith(word) && word !== '');
+  if (name !== 'ip') return false;
+  const { words, isElsewhere } = ofIp(args);
+  return !isElsewhere && words[0] !== undefined && words[0] !== '' && 'address'.startsWith(words[0]);
+}
+
+/** Arguments of `ip` without its own options, and whether they are for another network namespace. */
+function ofIp(args: readonly string[]): { readonly words: readonly string[]; readonly isElsewhere: boolean } {
+  let at = 0;
+  let isElsewhere = false;
+  for (; args[at]?.startsWith('-'); at++) {
+    if (/^--?(?:n|netns)$/.test(args[at] ?? '')) isElsewhere = true;
+    if (/^--?(?:n|netns|f|family|b|batch|rc|rcvbuf|l|loops)$/.test(args[at] ?? '')) at += 1;
+  }
+  return { words: args.slice(at), isElsewhere };
+}
+
+/** Whether a command that is not known here is given one of iptables to run. */
+function runsIptables(name: string, args: readonly string[]): boolean {
+  if (/^(?:eval|sh|bash|dash|ssh|su|runuser)$/.test(name))
+    return args.some((word) => /\biptables\s+-/.test(word)) || names(args);
+  return (
+    !/^(?:echo|printf|logger|which|type|hash|whereis|test|\[|\[\[|modprobe|systemctl|service|chkconfig|apt|apt-get|yum|dnf|man)$/.test(
+      name,
+    ) && names(args)
+  );
+}
+
+function names(args: readonly string[]): boolean {
+  const at = args.findIndex((word) => /^(?:\S*\/)?iptables(?:-legacy|-nft)?$/.test(word));
+  return at >= 0 && args[at + 1]?.startsWith('-') === true;
 }
 
 /** @returns why it is passed over; undefined: it is done, or says nothing of what is wanted */
@@ -473,8 +648,15 @@ const LONG: Readonly<Record<string, string>> = {
   '--rename-chain': '-E',
 };
 
+/** `--table=nat` and `-tnat` are two words in one. */
+function separated(word: string): readonly string[] {
+  const [, option, value] = /^(--[a-z][a-z-]*)=(.*)$/s.exec(word) ?? /^(-t)(.+)$/.exec(word) ?? [];
+  return option === undefined || value === undefined ? [word] : [option, value];
+}
+
 /** One iptables command on the tables, as the kernel would have them behind it. */
-function iptables(draft: TablesDraft, args: readonly string[], line: number): string | undefined {
+function iptables(draft: TablesDraft, given: readonly string[], line: number): string | undefined {
+  const args = given.flatMap(separated);
   let table = 'filter';
   let verb: string | undefined;
   const operands: string[] = [];
@@ -501,10 +683,17 @@ function iptables(draft: TablesDraft, args: readonly string[], line: number): st
   if (builtInChains(table).length === 0) return `there is no table "${printable(table, 20)}"`;
   const chains = draft.table(table);
   if (verb === '-F' || verb === '-X' || verb === '-Z') {
+    const called = new Set(
+      [...chains.values()].flatMap((one) =>
+        one.rules.map(({ target }) => (target.kind === 'named' ? target.name : '')),
+      ),
+    );
     for (const one of [...chains.values()]) {
       if (chain !== undefined && one.name !== chain) continue;
       if (verb === '-F') one.rules = [];
-      if (verb === '-X' && !builtInChains(table).includes(one.name)) chains.delete(one.name);
+      if (verb !== '-X' || builtInChains(table).includes(one.name)) continue;
+      if (one.rules.length > 0 || called.has(one.name)) return `${one.name} has rules, or is called`;
+      chains.delete(one.name);
     }
     return undefined;
   }
@@ -534,9 +723,14 @@ function iptables(draft: TablesDraft, args: readonly string[], line: number): st
   }
   if (verb === '-R') {
     if (place === undefined || place < 1 || place > rules.length) return `${chain} has no such rule to replace`;
+    if (made.length > 1) return 'it would be several rules, which iptables refuses';
     rules.splice(place - 1, 1, ...made);
-  } else if (verb === '-I') rules.splice((place ?? 1) - 1, 0, ...made);
-  else rules.push(...made);
+  } else if (verb === '-I') {
+    const at = place ?? 1;
+    if (at < 1 || at > rules.length + 1) return `${chain} has no place ${at}`;
+    // Each goes to the same place, so the last is the first.
+    rules.splice(at - 1, 0, ...[...made].reverse());
+  } else rules.push(...made);
   return undefined;
 }
 
@@ -562,7 +756,7 @@ function createLinks() {
   return {
     all: () => addresses,
     ip: (args: readonly string[]): string | undefined => {
-      const words = args.filter((word) => !/^-(?:4|o|br|brief|family|s|d)$/.test(word));
+      const { words } = ofIp(args);
       const verb = words[1] ?? 'show';
       if (!['add', 'a', 'ad', 'append', 'replace', 'change', 'del', 'delete', 'd', 'flush'].includes(verb))
         return undefined;

@@ -81,7 +81,7 @@ export function walk(
   if (table === undefined || found === undefined) return [NO_DECISION];
   const walker: Walker = { table, packet, without, onProtocol, steps: 0 };
   const branches = walkChain(walker, found, [], 0);
-  return distinct(branches.map((branch) => (branch === 'fell-through' ? NO_DECISION : branch)));
+  return distinct(branches.map((way) => ('decision' in way ? way : { ...NO_DECISION, conditions: way.fellThrough })));
 }
 
 const NOTHING: ReadonlySet<Rule> = new Set();
@@ -95,7 +95,8 @@ interface Walker {
   steps: number;
 }
 
-type Way = Branch | 'fell-through';
+/** What a chain decided, or on which conditions it decided nothing. */
+type Way = Branch | { readonly fellThrough: readonly string[] };
 
 function walkChain(walker: Walker, chain: Chain, conditions: readonly string[], depth: number): readonly Way[] {
   const ways: Way[] = [];
@@ -112,21 +113,22 @@ function walkChain(walker: Walker, chain: Chain, conditions: readonly string[], 
     const sub = target.kind === 'named' ? walker.table.chains.get(target.name) : undefined;
     if (target.kind === 'named' && sub === undefined && GOES_ON.has(target.name)) continue;
     if (target.kind === 'none') continue;
-    let isGone = true;
+    /** Conditions of the packets that are left: those that the rule did not match, or that came back from its chain. */
+    const left = answer === 'maybe' ? [[...held, notAll(doubts)]] : [];
     if (sub !== undefined && target.kind === 'named') {
       for (const way of walkChain(walker, sub, then, depth + 1)) {
-        if (way !== 'fell-through') ways.push(way);
-        else if (target.goto) ways.push('fell-through');
-        else isGone = false;
+        if ('decision' in way) ways.push(way);
+        else if (!target.goto) left.push([...way.fellThrough]);
+        else ways.push(chain.policy === undefined ? way : { ...ofPolicy(chain), conditions: way.fellThrough });
       }
     } else if (target.kind === 'return') {
-      ways.push(chain.policy === undefined ? 'fell-through' : { ...ofPolicy(chain), conditions: then });
+      ways.push(chain.policy === undefined ? { fellThrough: then } : { ...ofPolicy(chain), conditions: then });
     } else ways.push({ decision: decisionOf(rule), rule, conditions: then });
-    if (answer === 'yes' && isGone) return ways;
-    // The packets that are left are those that the rule did not match.
-    if (answer === 'maybe') held = [...held, ...doubts.map((doubt) => `not ${doubt}`)];
+    const [first, ...more] = left;
+    if (first === undefined) return ways;
+    held = more.reduce(common, first);
   }
-  if (chain.policy === undefined) return [...ways, 'fell-through'];
+  if (chain.policy === undefined) return [...ways, { fellThrough: held }];
   return [...ways, { ...ofPolicy(chain), conditions: held }];
 }
 
@@ -154,13 +156,23 @@ function decisionOf({ target }: Rule): Decision {
   }
 }
 
-/** Ways that end alike are one, and depend on nothing if any of them does. */
+/** Conditions that two ways share: what the one or the other depends on. */
+function common(one: readonly string[], other: readonly string[]): string[] {
+  return one.filter((condition) => other.includes(condition));
+}
+
+function notAll(conditions: readonly string[]): string {
+  return conditions.length === 1 ? `not ${conditions[0]}` : `not (${conditions.join(' and ')})`;
+}
+
+/** Ways that end alike are one, and depend only on what all of them do. */
 function distinct(branches: readonly Branch[]): readonly Branch[] {
   const found = new Map<string, Branch>();
   for (const branch of branches) {
     const key = JSON.stringify(branch.decision);
     const known = found.get(key);
-    if (known === undefined || branch.conditions.length < known.conditions.length) found.set(key, branch);
+    const conditions = known === undefined ? branch.conditions : common(known.conditions, branch.conditions);
+    found.set(key, { ...(known ?? branch), conditions });
   }
   return [...found.values()];
 }

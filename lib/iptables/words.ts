@@ -75,6 +75,17 @@ export function splitShell(line: string): readonly ShellToken[] | undefined {
       const inner = line.slice(at + 1, close).replace(/\\(["\\])/g, '$1');
       pieces = [...(pieces ?? []), { text: inner, literal: inner.includes('\\$'), quoted: true }];
       at = close;
+    } else if (c === '`') {
+      const close = line.indexOf('`', at + 1);
+      if (close < 0) return undefined;
+      plain += line.slice(at, close + 1);
+      at = close;
+    } else if (c === '(' && line[at + 1] === '(' && plain === '' && pieces === undefined) {
+      // "((n++))" is `let "n++"`.
+      const close = matchingParenthesis(line, at);
+      tokens.push({ kind: 'word', pieces: [{ text: 'let', literal: true, quoted: false }] });
+      tokens.push({ kind: 'word', pieces: [{ text: line.slice(at + 2, close - 1), literal: true, quoted: true }] });
+      at = close;
     } else if (c === '$' && line[at + 1] === '(') {
       // A command substitution is one piece, whatever stands in it: nobody runs it.
       const close = matchingParenthesis(line, at + 1);

@@ -48,9 +48,13 @@ export interface FrontEndFiles {
  * The VM_MAD section. KEEP_SNAPSHOTS and LIVE_RESIZE as for stock kvm; IMPORTED_VMS_ACTIONS, which exists up to 6.10,
  * is that of the stock section, which is to stay.
  */
-export function vmMadSection(version: OneVersion, files: Pick<FrontEndFiles, 'onedConf'>): string {
+export function vmMadSection(
+  version: OneVersion,
+  files: Pick<FrontEndFiles, 'onedConf'>,
+  name: string = DRIVER,
+): string {
   const lines: [string, string][] = [
-    ['NAME', `"${DRIVER}"`],
+    ['NAME', `"${name}"`],
     ['SUNSTONE_NAME', '"KVM with IPoIB addresses"'],
     ['EXECUTABLE', '"one_vmm_exec"'],
     // -p: several actions at once on one host. The engine has a lock of its own.
@@ -77,15 +81,29 @@ export function isRegistered(onedConf: string | null): boolean {
   return vmMadOf(onedConf, DRIVER) !== undefined;
 }
 
+/** Other names under which `oned.conf` runs our folder: the driver of 2012 called itself vmm_kvm_ib. */
+export function otherNames(onedConf: string | null): readonly string[] {
+  return vmMads(onedConf).flatMap((section) => {
+    const name = attribute(section, 'NAME');
+    const words = attribute(section, 'ARGUMENTS')?.split(' ') ?? [];
+    const usable = name !== undefined && name !== DRIVER && /^[A-Za-z0-9_.-]{1,64}$/.test(name);
+    return usable && words.includes(DRIVER) ? [name] : [];
+  });
+}
+
 /** The section of one driver, comments taken out. */
 function vmMadOf(onedConf: string | null, name: string): string | undefined {
+  return vmMads(onedConf).find((section) => attribute(section, 'NAME') === name);
+}
+
+function vmMads(onedConf: string | null): readonly string[] {
   const text = (onedConf ?? '').slice(0, 1024 * 1024).replace(/^[ \t]*#.*$/gm, '');
-  const sections = text.match(/^[ \t]*VM_MAD[ \t]*=[ \t]*\[[^\]]*\]/gm) ?? [];
-  return sections.find((section) => attribute(section, 'NAME') === name);
+  return text.match(/^[ \t]*VM_MAD[ \t]*=[ \t]*\[[^\]]*\]/gm) ?? [];
 }
 
 function attribute(section: string, key: string): string | undefined {
-  const value = new RegExp(`[\\[,\\s]${key}\\s*=\\s*"([^"]*)"`).exec(section)?.[1];
+  // oned takes the names of attributes in any case.
+  const value = new RegExp(`[\\[,\\s]${key}\\s*=\\s*"([^"]*)"`, 'i').exec(section)?.[1];
   return value?.replace(/\s+/g, ' ').trim();
 }
 
@@ -93,16 +111,23 @@ const STOCK_LIVE_SNAPSHOTS = ['kvm-qcow2', 'kvm-ceph', 'kvm-shared', 'kvm-ssh'];
 
 /**
  * The line of `vmm_execrc` that keeps live disk snapshots: OpenNebula looks for `<name of the driver>-<TM_MAD>` there.
+ * @param names under which our driver is registered
  * @returns undefined when it is right already
  */
-export function liveSnapshotsLine(version: OneVersion, files: Pick<FrontEndFiles, 'vmmExecrc'>): string | undefined {
+export function liveSnapshotsLine(
+  version: OneVersion,
+  files: Pick<FrontEndFiles, 'vmmExecrc'>,
+  names: readonly string[] = [DRIVER],
+): string | undefined {
   const line = /^[ \t]*LIVE_DISK_SNAPSHOTS[ \t]*=[ \t]*["']?([^"'\n]*)["']?/m.exec(files.vmmExecrc ?? '')?.[1];
   // From 7.0 on the stock ssh drivers are called local.
   const stock = version.major >= 7 ? [...STOCK_LIVE_SNAPSHOTS, 'kvm-local'] : STOCK_LIVE_SNAPSHOTS;
   const present = line?.split(/\s+/).filter((word) => /^[\w.-]+$/.test(word)) ?? stock;
-  const ours = present
-    .filter((word) => word.startsWith('kvm-') && !word.startsWith(`${DRIVER}-`))
-    .map((word) => `${DRIVER}-${word.slice('kvm-'.length)}`);
+  const ours = names.flatMap((name) =>
+    present
+      .filter((word) => word.startsWith('kvm-') && !word.startsWith(`${DRIVER}-`))
+      .map((word) => `${name}-${word.slice('kvm-'.length)}`),
+  );
   const missing = ours.filter((word) => !present.includes(word));
   return missing.length === 0 ? undefined : `LIVE_DISK_SNAPSHOTS="${[...present, ...missing].join(' ')}"`;
 }

@@ -33,7 +33,7 @@ import { neededSpec, pairOf, refuseMissingLinks } from './observe.ts';
 import { createProbing } from './probe.ts';
 import type { ReconcileResult } from './reconcile.ts';
 import { reconcileLocked } from './reconcile.ts';
-import { activeFile, loadTable, stateFile } from './sync.ts';
+import { activeFile, loadTable, stateFile, unfinishedImport } from './sync.ts';
 
 const WHO = 'import';
 const NAT = 'nat';
@@ -197,13 +197,7 @@ function withoutGuests(ports: ImportHost): ImportHost {
 
 function refuseStopped(phase: JournalPhase | undefined, message: string): void {
   if (phase === undefined || phase === 'rolled-back' || phase === 'applied') return;
-  throw new KvmIbError('conflict', message, {
-    why: `an import ${PHASE_WORDS[phase]}`,
-    fix:
-      phase === 'rolling-back'
-        ? 'go on with `kvm-ib import --rollback`'
-        : 'go on with `kvm-ib import --resume`, or back with `kvm-ib import --rollback`',
-  });
+  throw new KvmIbError('conflict', message, unfinishedImport(phase));
 }
 
 /** @throws KvmIbError `conflict` that names what differs, and the option that accepts it */

@@ -14,6 +14,7 @@ import type { HostView } from './observe.ts';
 import { hasAddress, observeHost, ownAddressInRange } from './observe.ts';
 import type { Intent } from './reconcile.ts';
 import { goalOf, readIntent, tableDifferences } from './reconcile.ts';
+import { unfinishedImport } from './sync.ts';
 
 /** One row of `list`. */
 export interface ListEntry {
@@ -121,9 +122,17 @@ export function inspect(host: Host): Promise<{ readonly status: Status; readonly
     const outdated = kept.flatMap(({ file }) =>
       file.mappings.flatMap((m) => outdatedOf(host.config, file.owner, m) ?? []),
     );
-    const found = { ok: drift.length === 0, mappings, drift, outdated, warnings: intent.warnings };
+    const warnings = [...intent.warnings, ...importWarning(host)];
+    const found = { ok: drift.length === 0, mappings, drift, outdated, warnings };
     return { status: found, table: view.table };
   });
+}
+
+function importWarning(host: Host): readonly string[] {
+  const phase = host.store.importPhase();
+  if (phase === undefined || phase === 'applied') return [];
+  const { why, fix } = unfinishedImport(phase);
+  return [`${why}; ${fix}`];
 }
 
 /** What the configuration would make of this mapping; undefined: the same. */

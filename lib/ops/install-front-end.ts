@@ -1,4 +1,5 @@
 /** What `kvm-ib install front-end` puts into OpenNebula's remotes, and what it leaves to the operator. Pure. */
+import { KvmIbError } from '../core/errors.ts';
 import type { Network } from '../core/mapping.ts';
 import type { FrontEndFiles, NetworkTemplateOptions, OneVersion } from '../opennebula/registration.ts';
 import {
@@ -10,9 +11,10 @@ import {
   isRegistered,
   liveSnapshotsLine,
   nicExample,
+  otherNames,
   vmMadSection,
 } from '../opennebula/registration.ts';
-import type { Item, Note, Operation } from './install.ts';
+import type { Item, Note, Observation, Operation } from './install.ts';
 import { parents } from './install.ts';
 import { CONFIG_FILE } from './install-host.ts';
 
@@ -61,6 +63,19 @@ function configItems(text: string): readonly Item[] {
     { kind: 'directory', path: dirname(CONFIG_FILE), mode: 0o755, own: false },
     { kind: 'file', path: CONFIG_FILE, mode: 0o644, source: { text }, keep: 'always' },
   ];
+}
+
+/**
+ * The driver of 2012 has the same folder. Its scripts are the way back, so they are not written over.
+ * @throws KvmIbError `conflict` when there is a driver that is not this one
+ */
+export function refuseOlderDriver(look: Pick<Observation, 'children'>): void {
+  const found = look.children(DRIVER_DIRECTORY);
+  if (found.length === 0 || found.includes(`${DRIVER_DIRECTORY}/launch.sh`)) return;
+  throw new KvmIbError('conflict', `Cannot install the driver in ${DRIVER_DIRECTORY}`, {
+    why: 'another driver of that name is there, such as the one of 2012',
+    fix: `keep it for the way back, outside the remotes: mv ${DRIVER_DIRECTORY} /var/lib/one/kvm-ib-before; then install again (docs/migrate.md)`,
+  });
 }
 
 /** Also the configuration, which an earlier run may have put there. */
@@ -135,7 +150,14 @@ export function frontEndNotes(
       : [one(`${command} ${facts.templates}/${name}${more}`)];
 
   const registered = isRegistered(facts.onedConf);
-  if (!registered) {
+  const older = otherNames(facts.onedConf);
+  for (const name of older) {
+    step(
+      `Bring the section of VM_MAD "${name}" in ${ONED_CONF} up to date: it runs this driver as well, and its hosts and VMs keep that name`,
+      vmMadSection(facts.version, facts, name),
+    );
+  }
+  if (!registered && older.length === 0) {
     step(
       `Add to ${ONED_CONF} (OpenNebula ${facts.version.text}), behind the section VM_MAD of "kvm", which must stay`,
       vmMadSection(facts.version, facts),
@@ -145,7 +167,11 @@ export function frontEndNotes(
       'VM_RESTRICTED_ATTR = "NIC/IB_IP"',
     );
   }
-  const snapshots = liveSnapshotsLine(facts.version, facts);
+  const snapshots = liveSnapshotsLine(
+    facts.version,
+    facts,
+    registered || older.length === 0 ? [DRIVER, ...older] : older,
+  );
   if (snapshots !== undefined) {
     optional(
       `For live disk snapshots, this line of ${VMM_EXECRC}; it needs a restart of OpenNebula`,
@@ -153,7 +179,7 @@ export function frontEndNotes(
       '# Live disk-saveas stays out of reach: OpenNebula asks there for a driver called kvm.',
     );
   }
-  const restart = !registered;
+  const restart = !registered || older.length > 0;
   step(
     `${restart ? 'Restart OpenNebula, then copy the driver' : 'Copy the driver'} to the hosts: ${describeSize(size)} more than without kvm-ib`,
     ...(restart ? ['systemctl restart opennebula'] : []),
@@ -163,7 +189,7 @@ export function frontEndNotes(
     'Create each host, in a cluster of its own: at a migration OpenNebula uses the driver of the destination',
     `${one('onecluster create CLUSTER')}                     # unless it is there`,
     `${one('onecluster adddatastore CLUSTER DATASTORE')}     # the image and system datastores of its VMs`,
-    one(`onehost create HOST -i kvm -v ${DRIVER} -c CLUSTER`),
+    one(`onehost create HOST -i kvm -v ${registered ? DRIVER : (older[0] ?? DRIVER)} -c CLUSTER`),
   );
   if (!facts.networksConfigured) {
     note(

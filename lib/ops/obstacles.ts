@@ -32,6 +32,22 @@ export async function obstacles(
   return [...policies, ...libvirt];
 }
 
+/** Guests that rules of iptables translate still, while ours would be asked first and drop what they do not have. */
+export function oldRulesFinding(guests: readonly string[]): readonly Finding[] {
+  const [first] = guests;
+  if (first === undefined) return [];
+  return [
+    {
+      level: 'error',
+      code: 'conflict',
+      network: null,
+      what: `rules of iptables translate ${guests.length === 1 ? first : `${guests.length} guests`}`,
+      why: 'they are of an older deployment; the table of kvm-ib drops guests that it has no mapping of',
+      fix: 'kvm-ib import: it shows them, and what would change',
+    },
+  ];
+}
+
 interface DroppingChain {
   /** As its owner names it. */
   readonly name: string;

@@ -448,21 +448,32 @@ export async function loadTable(
 
 /**
  * Our guards drop what has no mapping. So while the old rules translate, the table must not come by itself.
+ * @param also further phases in which it must not
  * @throws KvmIbError `conflict` while an import is on its way, stopped half-way, or rolled back
  */
 export function refuseUnderOldRules(host: Host, message: string, also: readonly JournalPhase[] = []): void {
   const phase = host.store.importPhase();
   if (phase === undefined || ![...UNDER_OLD_RULES, ...also].includes(phase)) return;
-  const back = phase === 'rolled-back';
-  throw new KvmIbError('conflict', message, {
-    why: back ? 'the import was rolled back: the old rules are in force' : 'an import was stopped half-way',
-    fix: back
-      ? 'go over again with `kvm-ib import --apply`; to stay with the old rules: systemctl disable --now kvm-ib.timer kvm-ib-reconcile.service'
-      : 'go on with `kvm-ib import --resume`, or back with `kvm-ib import --rollback`',
-  });
+  throw new KvmIbError('conflict', message, unfinishedImport(phase));
 }
 
 const UNDER_OLD_RULES: readonly JournalPhase[] = ['applying', 'rolling-back', 'rolled-back'];
+
+/** Why kvm-ib stands still in a phase of an import, and the way on. */
+export function unfinishedImport(phase: JournalPhase): {
+  readonly why: string;
+  readonly fix: string;
+} {
+  if (phase === 'rolled-back') {
+    return {
+      why: 'the import was rolled back: the old rules are in force',
+      fix: 'go over again with `kvm-ib import --apply`; to stay with the old rules: systemctl disable --now kvm-ib.timer kvm-ib-reconcile.service',
+    };
+  }
+  const back = 'back with `kvm-ib import --rollback`';
+  if (phase === 'rolling-back') return { why: 'an import was stopped on its way back', fix: `go ${back}` };
+  return { why: 'an import was stopped half-way', fix: `go on with \`kvm-ib import --resume\`, or ${back}` };
+}
 
 /** Mappings without a second one for the same guest or IB address; the first stands. */
 function distinctPairs(mappings: readonly Mapping[]): readonly Mapping[] {

@@ -1,12 +1,13 @@
 /** The switch from old iptables rules to our table and back, on a hypervisor of the lab, with the real command. */
-import { rmSync } from 'node:fs';
+import { spawn } from 'node:child_process';
+import { cpSync, rmSync } from 'node:fs';
+import { join } from 'node:path';
 import { afterEach, beforeEach, describe, expect, test } from 'vitest';
 import type { ImportReport } from '../../lib/import/report.ts';
 import { temporaryDirectory } from '../support/fake-host.ts';
 import { createLab, type Lab, type Stream } from '../support/lab.ts';
 import { requireOwnNetns } from '../support/netns.ts';
 import {
-  CONFIG,
   createOldHost,
   GUESTS,
   IB,
@@ -126,6 +127,151 @@ describe.each(['legacy', 'nft'] as const)('iptables-%s', (variant) => {
   });
 });
 
+test('a VM that ended since stays away at the way back; one that came since holds it up', async () => {
+  const host = await old();
+  const before = { nat: await host.nat(), addresses: await host.addresses() };
+  await done(host, 'import', '--apply', '--accept', ACCEPT);
+  await done(host, 'remove', '--vm', '11');
+  await done(host, 'add', '--guest', `${GUESTS}.14`);
+  expect(await refused(host, 4, 'import', '--rollback')).toContain(`kvm-ib remove --guest ${GUESTS}.14`);
+  await done(host, 'remove', '--guest', `${GUESTS}.14`);
+  expect(await done(host, 'import', '--rollback', '--dry-run')).toContain('Nothing was changed');
+  expect(await done(host, 'import', '--rollback')).toContain(`not restored: ${GUESTS}.11 <-> ${IB}.11 of vm-11`);
+  const isGone = (text: string): boolean => text.includes(`${IB}.11`);
+  expect(await host.nat()).toEqual(before.nat.filter((rule) => !isGone(rule)));
+  expect(await host.addresses()).toEqual(before.addresses.filter((address) => !isGone(address)));
+  expect(await refused(host, 4, 'import', '--rollback')).toContain('rolled back already');
+});
+
+test('what others put into the chains meanwhile stays where it is, over and back', async () => {
+  const host = await old();
+  const before = await host.nat();
+  await done(host, 'import', '--apply', '--accept', ACCEPT);
+  const iptables = '/usr/sbin/iptables-legacy';
+  await lab.exec('h1', [iptables, '-t', 'nat', '-I', 'PREROUTING', '1', '-i', 'eth9', '-j', 'ACCEPT']);
+  await lab.exec('h1', [iptables, '-t', 'nat', '-A', 'POSTROUTING', '-o', 'eth8', '-j', 'ACCEPT']);
+  await done(host, 'import', '--rollback');
+  const now = await host.nat();
+  expect(now.filter((rule) => before.includes(rule))).toEqual(before);
+  expect(now).toHaveLength(before.length + 2);
+  expect(now).toContain('-A PREROUTING -i eth9 -j ACCEPT');
+  expect(now.at(-1)).toBe('-A POSTROUTING -o eth8 -j ACCEPT');
+});
+
+test('libvirt that is silent while guests run: nothing is taken for a manual mapping unless told so', async () => {
+  const guest = join(folder, 'qemu-kvm');
+  cpSync('/bin/sleep', guest);
+  const qemu = spawn(guest, ['60'], { stdio: 'ignore' });
+  try {
+    const host = await old({ libvirt: false });
+    const before = await host.nat();
+    expect(await refused(host, 4, 'import', '--apply', '--accept', ACCEPT)).toContain('--manual');
+    expect(await host.nat()).toEqual(before);
+    await done(host, 'import', '--apply', '--manual', '--accept', ACCEPT);
+    expect(JSON.parse(await done(host, 'list', '--json'))).toMatchObject([{ owner: 'manual' }, {}, {}]);
+  } finally {
+    qemu.kill();
+  }
+});
+
+test('a pair without an alias gets one, unless another host has the address', async () => {
+  const host = await old({ addresses: ALIASES.slice(0, 2) });
+  await lab.exec('out', ['/usr/sbin/ip', 'address', 'add', `${IB}.13/24`, 'dev', 'ib0']);
+  const before = { nat: await host.nat(), addresses: await host.addresses() };
+  const accept = `${ACCEPT},inbound/fabric@${IB}.13`;
+  expect(await refused(host, 4, 'import', '--apply', '--accept', accept)).toContain(`${IB}.13`);
+  expect({ nat: await host.nat(), addresses: await host.addresses() }).toEqual(before);
+  await lab.exec('out', ['/usr/sbin/ip', 'address', 'delete', `${IB}.13/24`, 'dev', 'ib0']);
+  await done(host, 'import', '--apply', '--accept', accept);
+  expect(await lab.reachAll('out', `${IB}.13`)).toBe(`g13: ${IB}.100 > ${GUESTS}.13`);
+});
+
+test("the host's only address of the fabric is no alias to take", async () => {
+  const host = await old();
+  await lab.exec('h1', ['/usr/sbin/ip', 'address', 'flush', 'dev', 'ib0']);
+  await lab.exec('h1', ['/usr/sbin/ip', 'address', 'add', `${IB}.11/24`, 'dev', 'ib0']);
+  const { conflicts } = await reportOf(host);
+  expect(conflicts).toMatchObject([
+    { guest: `${GUESTS}.11`, why: expect.stringContaining('its route to the fabric') as unknown },
+  ]);
+});
+
+test('both parts of iptables at once, aliases on another link and as /32', async () => {
+  const addresses = [`${IB}.11/32 dev ib0 label ib0:x`, `${IB}.12/32 dev lo label lo:12`];
+  const host = await old({ rules: pairRules(11), addresses });
+  await lab.exec('h1', ['/usr/sbin/iptables-nft-restore'], {
+    input: ['*nat', ...pairRules(12), 'COMMIT', ''].join('\n'),
+  });
+  const nft = async (): Promise<readonly string[]> =>
+    (await lab.exec('h1', ['/usr/sbin/iptables-nft-save'])).split('\n').filter((line) => line.startsWith('-A'));
+  const loopback = (): Promise<string> => lab.exec('h1', ['/usr/sbin/ip', '-4', 'address', 'show', 'dev', 'lo']);
+  const before = [await host.nat(), await nft(), await host.addresses()];
+  await done(host, 'import', '--apply', '--accept', ACCEPT);
+  expect([await host.nat(), await nft()]).toEqual([[], []]);
+  expect((await host.addresses()).slice(1)).toEqual([`${IB}.11/32 ib0:11-0`, `${IB}.12/32 ib0:12-0`]);
+  expect(await loopback()).not.toContain(`${IB}.12`);
+  expect(await lab.reachAll('out', `${IB}.12`)).toBe(`g12: ${IB}.100 > ${GUESTS}.12`);
+  await done(host, 'import', '--rollback');
+  expect([await host.nat(), await nft(), await host.addresses()]).toEqual(before);
+  expect(await loopback()).toContain(`${IB}.12/32 scope global lo:12`);
+});
+
+test('beside mappings of kvm-ib: they stay, and so does the table at the way back', async () => {
+  const host = await old({ rules: withForeign(11, 12), addresses: ALIASES.slice(0, 2) });
+  const before = { nat: await host.nat(), addresses: await host.addresses() };
+  await done(host, 'add', '--guest', `${GUESTS}.13`);
+  await done(host, 'import', '--apply', '--accept', `${ACCEPT},outbound`);
+  await expectOurs();
+  await done(host, 'import', '--rollback');
+  expect(await host.nat()).toEqual(before.nat);
+  expect([...(await host.addresses())].sort()).toEqual([...before.addresses, `${IB}.13/32 kib:s2`].sort());
+  expect(JSON.parse(await done(host, 'list', '--json'))).toMatchObject([{ guest: `${GUESTS}.13` }]);
+  expect(await lab.reachAll('out', `${IB}.13`)).toBe(`g13: ${IB}.100 > ${GUESTS}.13`);
+});
+
+test('killed by a signal at any time, then on and back: streams live', { timeout: 240_000 }, async () => {
+  const host = await old();
+  const before = { nat: await host.nat(), addresses: await host.addresses() };
+  const result = await under(async () => {
+    for (let round = 0; round < 20; round++) {
+      await host.killed(150 + round * 12, 'import', '--apply', '--accept', ACCEPT);
+      await host.kvmIb('import', '--resume');
+      await host.killed(120 + round * 8, 'import', '--rollback');
+      const rolled = await host.kvmIb('import', '--rollback');
+      // 4: it was killed before it began, or had come to its end.
+      expect([0, 4], rolled.stderr).toContain(rolled.status);
+      expect({ nat: await host.nat(), addresses: await host.addresses() }).toEqual(before);
+    }
+  });
+  expect(result).toMatchObject({ lost: [], retransmitted: 0 });
+});
+
+test('guests that old rules serve are named by config check; the dry run shows each step', async () => {
+  const host = await old();
+  expect((await host.kvmIb('config', 'check')).stdout).toContain('rules of iptables translate 3 guests');
+  const text = await done(host, 'import', '--dry-run');
+  for (const line of [
+    `+ element   guest_to_ib ${GUESTS}.11 : ${IB}.11`,
+    `+ alias     ${IB}.11/32 on ib0 (ib0:11-0)`,
+    `- alias     ${IB}.11/24 on ib0 (ib0:11)`,
+    `- rule      iptables-legacy -t nat ${pairRules(11)[0]}`,
+    '+ table     ip kvm_ib',
+    'Nothing was changed.',
+  ]) {
+    expect(text).toContain(`${line}\n`);
+  }
+});
+
+test('what cannot be meant is refused, and changes nothing', async () => {
+  const host = await old();
+  expect(await refused(host, 2, 'import', '--apply', '/etc/hostname')).toContain('Cannot use --apply with files');
+  expect(await refused(host, 2, 'import', '--apply', '--accept', 'everything')).toContain('Cannot accept "everything"');
+  expect(await refused(host, 2, 'import', '/etc/hostname')).toContain('neither what iptables-save prints');
+  expect(await refused(host, 2, 'import', '/etc')).toContain('it is a directory');
+  expect(await refused(host, 4, 'import', '--resume')).toContain('there was none');
+  expect(await refused(host, 4, 'import', '--rollback')).toContain('there was none');
+});
+
 const FLOWS = [
   ['out', `${IB}.11`],
   ['out', `${IB}.12`],
@@ -176,6 +322,3 @@ async function under(act: () => Promise<unknown>) {
   await Promise.all(streams.map(([, stream]) => stream.close()));
   return { echoes, lost, retransmitted };
 }
-
-void CONFIG;
-void pairRules;

@@ -462,6 +462,22 @@ describe('on a front-end, below another root', () => {
     expect(everything(root)).toEqual(before);
   });
 
+  test('an older driver of the same name is not written over, and its name stays', async () => {
+    const scripts = `${remotes}/vmm/kvm-ib`;
+    put(`${scripts}/deploy`, '#!/bin/sh\n', 0o755);
+    put('/etc/one/oned.conf', 'VM_MAD = [ name = "vmm_kvm_ib", arguments = "-t 15 -r 0 kvm-ib", type = "kvm" ]\n');
+    const refused = await kvmIb(['install', 'front-end', '--root', root]);
+    expect(refused.status).toBe(4);
+    expect(refused.stderr).toContain(`mv ${scripts} /var/lib/one/kvm-ib-before`);
+    expect(readFileSync(at(`${scripts}/deploy`), 'utf8')).toBe('#!/bin/sh\n');
+    rmSync(at(`${remotes}/vmm`), { recursive: true });
+    const { notes } = await report(['install', 'front-end']);
+    const text = notes.map((note) => `${note.title}\n${note.text}`).join('\n');
+    expect(text).toMatch(/VM_MAD "vmm_kvm_ib" in \/etc\/one\/oned.conf up to date[\s\S]*NAME +\S* *= "vmm_kvm_ib"/);
+    expect(text).toContain('onehost create HOST -i kvm -v vmm_kvm_ib');
+    expect((await report(['install', 'front-end'])).changed).toBe(false);
+  });
+
   test('texts follow the installed version, what is in oned.conf already, and the configuration that is given', async () => {
     put('/etc/one/oned.conf', 'VM_MAD = [\n  NAME = "kvm",\n  IMPORTED_VMS_ACTIONS = "terminate, resume"\n]\n');
     put('/given.yaml', CONFIG.replace('name: ib', 'name: fast'));
@@ -538,6 +554,11 @@ as() { runuser -u oneadmin -- "$@"; }
 
 # Every place that an installation touches, directories too.
 tree() { (find /etc /usr/bin /usr/share/man /var/lib/one -xdev; ls -d /usr/lib/* /var/lib/*) | sort; }
+
+iptables-legacy -t nat -A PREROUTING -d 192.168.10.202 -j DNAT --to-destination 192.168.122.2
+iptables-legacy -t nat -A POSTROUTING -s 192.168.122.2 -o ib0 -j SNAT --to-source 192.168.10.202
+try old-rules $NODE $BUNDLE install host --config $given/kvm-ib.yaml
+iptables-legacy -t nat -F
 
 files > $given/before
 tree > $given/tree-before
@@ -620,6 +641,9 @@ try tree-difference diff $given/tree-before $given/tree-after
     const of = (name: string): string => said[name] ?? '';
     const done = (name: string): void => expect(`${name}: ${of(name)}`).toMatch(/status=0$/);
 
+    expect(of('old-rules')).toMatch(
+      /rules of iptables translate 192\.168\.122\.2 still[\s\S]* import --config [\s\S]*status=4$/,
+    );
     done('install');
     expect(of('install')).toContain('+ file /etc/sudoers.d/kvm-ib (0440, root');
     done('again');

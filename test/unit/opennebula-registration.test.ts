@@ -9,6 +9,7 @@ import {
   isRegistered,
   liveSnapshotsLine,
   nicExample,
+  otherNames,
   parseOneVersion,
   vmMadSection,
 } from '../../lib/opennebula/registration.ts';
@@ -83,6 +84,35 @@ describe('the VM_MAD section', () => {
     expect(isRegistered(STOCK)).toBe(false);
     expect(isRegistered(STOCK + vmMadSection(six, { onedConf: STOCK }))).toBe(true);
     expect(isRegistered(null)).toBe(false);
+  });
+});
+
+describe('the name of the driver of 2012', () => {
+  const old = `VM_MAD = [
+    name       = "vmm_kvm_ib",
+    executable = "one_vmm_exec",
+    arguments  = "-t 15 -r 0 kvm-ib",
+    default    = "vmm_exec/vmm_exec_kvm.conf",
+    type       = "kvm" ]
+`;
+
+  test('is found by the folder that it runs, whatever the case of the attributes', () => {
+    expect(otherNames(STOCK + old)).toEqual(['vmm_kvm_ib']);
+    expect(otherNames(STOCK + vmMadSection(six, { onedConf: STOCK }))).toEqual([]);
+    expect(otherNames(`#${old}`)).toEqual([]);
+    expect(otherNames(old.replace('kvm-ib"', 'kvm-ib-other"'))).toEqual([]);
+    expect(otherNames(old.replace('vmm_kvm_ib', 'x\u001b[2J'))).toEqual([]);
+    expect(otherNames(null)).toEqual([]);
+  });
+
+  test('stays, with a section that is up to date', () => {
+    const section = vmMadSection(six, { onedConf: STOCK }, 'vmm_kvm_ib');
+    expect(section).toMatch(/^ {4}NAME +\S* *= "vmm_kvm_ib",$/m);
+    expect(section).toContain('"-t 15 -r 0 kvm-ib -p"');
+    expect(otherNames(section)).toEqual(['vmm_kvm_ib']);
+    expect(liveSnapshotsLine(six, { vmmExecrc: 'LIVE_DISK_SNAPSHOTS="kvm-qcow2"' }, ['vmm_kvm_ib'])).toBe(
+      'LIVE_DISK_SNAPSHOTS="kvm-qcow2 vmm_kvm_ib-qcow2"',
+    );
   });
 });
 

@@ -1,5 +1,5 @@
 /** `kvm-ib import`: what an older deployment has, how packets fare before and after, the switch and the way back. */
-import { closeSync, fstatSync, openSync, readFileSync } from 'node:fs';
+import { closeSync, existsSync, fstatSync, openSync, readFileSync } from 'node:fs';
 import type { Command } from 'commander';
 import { Option } from 'commander';
 import type { ExitStatus } from '../core/errors.ts';
@@ -12,7 +12,7 @@ import type { Comparison } from '../import/compare.ts';
 import type { Acceptance, ImportReport, PairReport, RuleReport } from '../import/report.ts';
 import { differingCases, parseAcceptance } from '../import/report.ts';
 import type { Host } from '../ops/host.ts';
-import { analyseFiles, analyseHost, MAX_INPUT } from '../ops/import.ts';
+import { analyseFiles, analyseHost, MAX_INPUT, suggestFromFiles, suggestFromHost } from '../ops/import.ts';
 import type { RollbackResult, SwitchResult, SwitchStep } from '../ops/import-switch.ts';
 import { importApply, importResume, importRollback, refuseUnaccepted, switchPlan } from '../ops/import-switch.ts';
 import { table } from './render.ts';
@@ -92,6 +92,11 @@ async function run(shell: Shell, files: readonly string[], options: ImportOption
     showFiles(shell, files, options);
     return;
   }
+  const path = options.config ?? pathsFrom(process.env).config;
+  // Without rights it cannot be read either, which is then said first.
+  if (!existsSync(path) && process.getuid?.() === 0) {
+    throw noConfig(path, await suggestFromHost(createImportHost(pathsFrom(process.env).state)));
+  }
   const host = await shell.open(options, 'import');
   const ports = createImportHost(host.store.directory);
   const progress = createProgress(options.json ?? false);
@@ -145,11 +150,24 @@ function acceptances(text: string | undefined): readonly Acceptance[] {
   });
 }
 
+/** The first thing that is tried on an old host: it is told what to write. */
+function noConfig(path: string, suggestion: string | undefined): KvmIbError {
+  return new KvmIbError('bad-config', `Cannot read the configuration ${printable(path, 200)}`, {
+    why: 'the file is not there',
+    fix:
+      suggestion === undefined
+        ? 'write it (docs/install.md has an example), or name it: kvm-ib import --config FILE'
+        : `write it, or name it with --config FILE; what the rules have would fit into this (look at bridge and ranges):\n${suggestion}`,
+  });
+}
+
 function showFiles(shell: Shell, files: readonly string[], options: ImportOptions): void {
-  const config = readConfig(options.config ?? pathsFrom(process.env).config);
+  const path = options.config ?? pathsFrom(process.env).config;
   const progress = createProgress(options.json ?? false);
   try {
     const read = files.map((name) => ({ name: name === '-' ? 'standard input' : name, text: readInput(name) }));
+    if (!existsSync(path)) throw noConfig(path, suggestFromFiles(read));
+    const config = readConfig(path);
     const { report } = analyseFiles(config, read, (done, all) => progress.step('compare', done, all));
     progress.end();
     if (options.json) shell.json({ dryRun: true, report });

@@ -23,6 +23,8 @@ type Node =
       readonly line: number;
       readonly words: readonly Word[];
       readonly maybe: string | undefined;
+      /** It stands behind `&&`. */
+      readonly chained: boolean;
     }
   | {
       readonly kind: 'for';
@@ -178,9 +180,11 @@ function createReader(tokens: readonly Token[]) {
     let words: Word[] = [];
     let line = tokens[at]?.line ?? 0;
     let why = maybe;
+    let chained = false;
     const end = (): void => {
-      if (words.length > 0) found.push({ kind: 'command', line, words, maybe: why });
+      if (words.length > 0) found.push({ kind: 'command', line, words, maybe: why, chained });
       words = [];
+      chained = true;
     };
     while (!isEnd()) {
       const token = tokens[at];
@@ -225,12 +229,14 @@ function createRun(skipped: Skipped[]) {
   const functions = new Map<string, readonly Node[]>();
   const links = createLinks();
   let commands = 0;
+  let isOver = false;
 
   const all = (nodes: readonly Node[], depth = 0): void => {
     for (const node of nodes) one(node, depth);
   };
 
   const one = (node: Node, depth: number): void => {
+    if (isOver) return;
     if (++commands > MAX_COMMANDS) {
       throw new KvmIbError('bad-input', 'Cannot read the script', {
         why: `it comes to more than ${MAX_COMMANDS} commands`,
@@ -278,6 +284,10 @@ function createRun(skipped: Skipped[]) {
         return;
       }
       if (first === undefined) return;
+      if (first === 'exit' && isSure && !node.chained) {
+        isOver = true;
+        return;
+      }
       const changed = changeScope(first, rest, scope.current, isSure);
       if (changed !== undefined) {
         scope.current = changed;
@@ -797,6 +807,9 @@ function createLinks() {
       ).split('/');
       const address = tryParseIpv4(first);
       if (address === undefined) return undefined;
+      // A label has one address, unless another is added to it.
+      if (label !== device && !rest.includes('add') && !rest.includes('del'))
+        remove((one) => one.device === device && one.label === label);
       if (rest.includes('del')) return void remove((one) => one.address === first);
       const netmask = rest.includes('netmask') ? rest[rest.indexOf('netmask') + 1] : mask;
       // Without a mask the class of the address gives it, as ever since.

@@ -8,6 +8,7 @@ import type { RuleSource } from '../import/pairs.ts';
 import type { JournalPhase } from '../import/phase.ts';
 import type { Analysis, GuestNic } from '../import/report.ts';
 import { analyse, translatedGuests } from '../import/report.ts';
+import { suggestConfig } from '../import/suggest.ts';
 import type { Iptables, SavedRules } from '../iptables/port.ts';
 import { looksSaved, parseSaved } from '../iptables/save.ts';
 import { parseScript } from '../iptables/script.ts';
@@ -137,16 +138,13 @@ function hasNatRules({ tables }: RuleSource): boolean {
 /** More than any host has; a file that is larger is not what it is taken for. */
 export const MAX_INPUT = 64 * 1024 * 1024;
 
-/**
- * Reads files: what iptables-save printed, or scripts. All that a script says counts as one host's.
- * @throws KvmIbError `bad-input` naming the file when there is nothing of iptables in it
- */
-export function analyseFiles(
-  config: Config,
-  files: readonly { readonly name: string; readonly text: string }[],
-  progress?: Progress,
-): Analysis {
-  const parsed = files.map(({ name, text }) => {
+interface InputFile {
+  readonly name: string;
+  readonly text: string;
+}
+
+function parseFiles(files: readonly InputFile[]): readonly (Parsed & { readonly name: string })[] {
+  return files.map(({ name, text }) => {
     const isSaved = looksSaved(text);
     const one = isSaved ? parseSaved(text) : parseScript(text);
     const rules = [...one.tables.values()]
@@ -158,8 +156,37 @@ export function analyseFiles(
         fix: 'give the output of `iptables-save`, or the script that sets the rules',
       });
     }
-    return { name, isSaved, ...one };
+    return { name, ...one };
   });
+}
+
+/** What to write where there is no configuration yet, from files or from this host. */
+export function suggestFromFiles(files: readonly InputFile[]): string | undefined {
+  const parsed = parseFiles(files);
+  const sources = parsed.map(({ name, tables }): RuleSource => ({ variant: null, name, tables }));
+  return suggestConfig(
+    sources,
+    parsed.flatMap(({ addresses }) => addresses.map((one) => ({ device: one.device, address: one.address as Ipv4 }))),
+  );
+}
+
+export async function suggestFromHost({
+  iptables,
+  addresses,
+}: Pick<ImportHost, 'iptables' | 'addresses'>): Promise<string | undefined> {
+  const { saved } = await iptables.save();
+  const sources = saved.map(
+    ({ variant, text }): RuleSource => ({ variant, name: variant, tables: parseSaved(text).tables }),
+  );
+  return suggestConfig(sources, await addresses.standing());
+}
+
+/**
+ * Reads files: what iptables-save printed, or scripts. All that a script says counts as one host's.
+ * @throws KvmIbError `bad-input` naming the file when there is nothing of iptables in it
+ */
+export function analyseFiles(config: Config, files: readonly InputFile[], progress?: Progress): Analysis {
+  const parsed = parseFiles(files);
   const addresses = parsed.flatMap((one) =>
     one.addresses.map((entry): StandingAddress => {
       return { ...entry, address: entry.address as Ipv4, secondary: true, broadcast: null, scope: 0 };

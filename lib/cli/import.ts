@@ -67,7 +67,7 @@ export function addImportCommand(root: Command, shell: Shell): void {
     )
     .argument('[file...]', 'output of iptables-save, or shell scripts; "-" is standard input. Without any: this host')
     .addOption(new Option('--apply', 'go over to the table of kvm-ib').conflicts(['resume', 'rollback']))
-    .addOption(new Option('--resume', 'go on with an import that was stopped').conflicts('rollback'))
+    .addOption(new Option('--resume', 'go on with an import that was stopped').conflicts(['rollback', 'dryRun']))
     .option('--rollback', 'put the old rules and addresses back')
     .option(
       '--accept <cases>',
@@ -123,7 +123,7 @@ async function run(shell: Shell, files: readonly string[], options: ImportOption
     } else {
       const analysis = await analyseHost(host, ports, (done, all) => progress.step('compare', done, all));
       progress.end();
-      const plan = switchPlan(analysis, host);
+      const plan = switchPlan(analysis);
       if (options.json) shell.json({ dryRun: true, report: analysis.report, plan });
       else {
         showReport(shell, analysis.report, options);
@@ -262,7 +262,7 @@ function showReport(shell: Shell, report: ImportReport, options: ImportOptions):
       );
   }
   if (report.halves.length > 0) {
-    heading(`${count(report.halves.length, 'half', 'halves')}, left as they are:`);
+    heading(`${count(report.halves.length, 'half', 'halves')}, left ${asIs(report.halves.length)}:`);
     for (const one of report.halves) {
       const missing =
         one.missing === 'snat' ? 'nothing translates what the guest sends' : 'nothing translates what is sent to it';
@@ -271,7 +271,7 @@ function showReport(shell: Shell, report: ImportReport, options: ImportOptions):
     }
   }
   if (report.conflicts.length > 0) {
-    heading(`${count(report.conflicts.length, 'conflict')}, left as they are:`);
+    heading(`${count(report.conflicts.length, 'conflict')}, left ${asIs(report.conflicts.length)}:`);
     for (const one of report.conflicts) {
       out(`  ${one.guest} <-> ${one.address}: ${one.why}\n`);
       for (const found of one.rules) out(`    ${rule(found)}\n`);
@@ -302,7 +302,7 @@ function showReport(shell: Shell, report: ImportReport, options: ImportOptions):
   if (report.comparisons.length > 0) {
     heading('What becomes of packets:');
     if (options.all || report.pairs.length <= SHOWN) showEach(shell, report.comparisons);
-    else showGrouped(shell, report.comparisons);
+    else showGrouped(shell, report);
   }
   out('\n');
 }
@@ -346,13 +346,14 @@ function showEach(shell: Shell, comparisons: readonly Comparison[]): void {
 }
 
 /** Comparisons that read the same but for the addresses are one line. */
-function showGrouped(shell: Shell, comparisons: readonly Comparison[]): void {
+function showGrouped(shell: Shell, { comparisons, pairs }: ImportReport): void {
+  const guests = new Set<string>(pairs.map(({ guest }) => guest));
   const groups = new Map<
     string,
     { readonly one: Comparison; readonly old: string; readonly after: string; count: number }
   >();
   for (const one of comparisons) {
-    const [old, after] = [general(one.old, one), general(one.new, one)];
+    const [old, after] = [general(one.old, one, guests), general(one.new, one, guests)];
     const key = `${one.case} ${old} ${after}`;
     const known = groups.get(key);
     if (known === undefined) groups.set(key, { one, old, after, count: 1 });
@@ -368,11 +369,12 @@ function showGrouped(shell: Shell, comparisons: readonly Comparison[]): void {
 }
 
 /** The same text for every guest: addresses become words. */
-function general(text: string, { case: kind, guest, address }: Comparison): string {
+function general(text: string, { case: kind, guest, address }: Comparison, guests: ReadonlySet<string>): string {
   const word = (found: string): string => {
     if (found === guest) return 'the guest';
     if (found === address) return 'its IB address';
-    return kind === 'loopback/other-guest' ? 'the sender' : found;
+    if (kind !== 'loopback/other-guest') return found;
+    return guests.has(found) ? 'the sender' : "the sender's IB address";
   };
   return text.replace(/(?<![0-9.])(?:[0-9]{1,3}\.){3}[0-9]{1,3}(?![0-9.])/g, word);
 }
@@ -418,6 +420,10 @@ function showRollback(shell: Shell, result: RollbackResult, options: ImportOptio
     shell.out(
       'The old rules are in force. kvm-ib stands still until `kvm-ib import --apply`: systemctl disable --now kvm-ib.timer kvm-ib-reconcile.service\n',
     );
+}
+
+function asIs(n: number): string {
+  return n === 1 ? 'as it is' : 'as they are';
 }
 
 function count(n: number, one: string, many = `${one}s`): string {

@@ -54,7 +54,14 @@ export function createJournalStore(directory: string): JournalStore {
       }),
     write: (journal) => guard(() => put('journal.json', printJournal(journal))),
     setPhase: (phase) => guard(() => put('phase', `${phase}\n`)),
-    backup: (name, text) => guard(() => put(name, text)),
+    backup: (variant, journal, text) => guard(() => put(`${variant}-${journal.started}.rules`, text)),
+    keep: (journal) => guard(() => put(`journal-${journal.started}.json`, printJournal(journal))),
+    restore: (started) =>
+      guard(() => {
+        const kept = join(directory, `journal-${started}.json`);
+        put('journal.json', readFileSync(kept, 'utf8'));
+        rmSync(kept, { force: true });
+      }),
     remove: () => guard(() => rmSync(directory, { recursive: true, force: true })),
   };
 }

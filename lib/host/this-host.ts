@@ -2,6 +2,8 @@
 import { readFileSync } from 'node:fs';
 import { KvmIbError } from '../core/errors.ts';
 import type { Config } from '../core/mapping.ts';
+import { translatedGuests } from '../import/report.ts';
+import { parseSaved } from '../iptables/save.ts';
 import { createNftEngine } from '../nat/nft.ts';
 import { createNft } from '../nftables-json/index.ts';
 import type { Host } from '../ops/host.ts';
@@ -10,6 +12,7 @@ import { readConfig } from './config-file.ts';
 import { createConntrack } from './conntrack.ts';
 import { createDomains } from './domains.ts';
 import { exec } from './exec.ts';
+import { createIptables } from './iptables.ts';
 import { createLinks } from './links.ts';
 import { withLock } from './lock.ts';
 import { createElementReader } from './nf-tables-read.ts';
@@ -45,6 +48,11 @@ export async function createHost(
     processes: { isAlive, bootId },
     withLock: (who, act) => withLock(store.lockPath, { timeoutMs: paths.lockTimeoutMs ?? LOCK_TIMEOUT_MS, who }, act),
     now: () => new Date().toISOString(),
+    oldRules: async () => {
+      const { saved } = await createIptables(exec).save();
+      const sources = saved.map(({ variant, text }) => ({ variant, name: variant, tables: parseSaved(text).tables }));
+      return translatedGuests(config, sources);
+    },
   };
 }
 

@@ -163,7 +163,7 @@ export function compare(
       const preferred = facts.preferredSources.get(address);
       add('host/to-guest', guest, address, toGuest, {
         ...toGuest,
-        source: preferred === '' ? HOST_ADDRESS : (preferred ?? address),
+        source: preferred === '' ? scene.host : (preferred ?? address),
       });
       done += 1;
       if (done % 500 === 0) progress(done, total);
@@ -214,6 +214,8 @@ interface Scene {
   readonly peer: Party;
   /** Any host that is not on the fabric. */
   readonly anybody: Party;
+  /** This host, where its address is not known. */
+  readonly host: Party;
 }
 
 const DROPPED = 'dropped';
@@ -228,11 +230,8 @@ const NEVER: readonly Span[] = [
 function createScene(facts: NetworkFacts, all: readonly NetworkFacts[]): Scene {
   const { network } = facts;
   const links = all.flatMap((one) => [one.network.device, one.network.bridge]);
-  const ours = all.flatMap((one) => [
-    rangeSpan(one.network.guests),
-    rangeSpan(one.network.addresses),
-    ...one.own.map(spanOf),
-  ]);
+  const ranges = all.flatMap((one) => [rangeSpan(one.network.guests), rangeSpan(one.network.addresses)]);
+  const ours = [...ranges, ...all.flatMap((one) => one.own.map(spanOf))];
   const fabric = facts.subnets.length > 0 ? facts.subnets : [surrounding(rangeSpan(network.addresses))];
   const subnets = [
     ...all.flatMap((one) => one.subnets),
@@ -245,6 +244,7 @@ function createScene(facts: NetworkFacts, all: readonly NetworkFacts[]): Scene {
     bridge: { kind: 'named', name: network.bridge },
     elsewhere: { kind: 'other-than', names: links },
     peer: { set: without(fabric, [...ours, surrounding(rangeSpan(network.guests))]), name: 'the other host' },
+    host: { set: without([EVERYTHING], [...NEVER, ...ranges]), name: "the host's own address" },
     anybody: { set: without([EVERYTHING], [...NEVER, ...ours, ...subnets]), name: 'the other host' },
   };
 }
@@ -335,7 +335,7 @@ function ends(world: World, scene: Scene, flow: Flow, protocol: Protocol, matter
       const leaks = network.isolate && out === scene.device && isGuest(network, step.source);
       if (step.end !== undefined) end(step, step.end);
       else if (world.ours !== undefined && leaks) end(step, DROPPED);
-      else end(step, reaches(scene, flow, step, out));
+      else end(step, reaches(world, scene, flow, step, out));
     }
   };
   const arrive = (state: State): void => {
@@ -362,12 +362,13 @@ function ends(world: World, scene: Scene, flow: Flow, protocol: Protocol, matter
   return merged(found);
 }
 
-/** Ways that end alike are one. */
+/** Ways that end alike are one, on the conditions that they share. */
 function merged(list: readonly End[]): readonly End[] {
   const byText = new Map<string, End>();
   for (const one of list) {
     const known = byText.get(one.text);
-    if (known === undefined || one.conditions.length < known.conditions.length) byText.set(one.text, one);
+    const conditions = known?.conditions.filter((condition) => one.conditions.includes(condition));
+    byText.set(one.text, conditions === undefined ? one : { ...one, conditions });
   }
   const [only, ...more] = byText.values();
   return only !== undefined && more.length === 0 ? [{ ...only, conditions: [] }] : [...byText.values()];
@@ -384,13 +385,21 @@ function linkTo(scene: Scene, party: Party): PacketLink {
   return within(surrounding(rangeSpan(network.guests))) ? scene.bridge : scene.elsewhere;
 }
 
-function reaches(scene: Scene, flow: Flow, state: State, out: PacketLink): string {
+function reaches(world: World, scene: Scene, flow: Flow, state: State, out: PacketLink): string {
+  // What a guest sends must have a mapping, an answer too.
+  const { network } = scene.facts;
+  const { destination } = state;
+  const isUnmapped = typeof destination === 'string' && world.ours?.guestToIb.has(destination) === false;
+  const mute =
+    network.isolate && flow.in === scene.device && out === scene.bridge && isUnmapped
+      ? ', whose answer is dropped'
+      : '';
   const past =
     state.dnat && flow.in === scene.bridge && out === scene.bridge && isGuest(scene.facts.network, state.source)
       ? ', whose answer then goes past this host'
       : '';
   const by = out === scene.elsewhere ? ' by another link' : '';
-  return `reaches ${nameOf(state.destination)}${by} from ${nameOf(state.source)}${past}`;
+  return `reaches ${nameOf(state.destination)}${by} from ${nameOf(state.source)}${past}${mute}`;
 }
 
 function nameOf(party: Party): string {
@@ -467,7 +476,7 @@ function decide(
   if (ours !== undefined) return [...doubtful, ours];
   // Two parts of iptables at one priority: who was there first is asked first.
   const orders = world.sources.length > 1 ? [world.sources, [...world.sources].reverse()] : [world.sources];
-  const steps = orders.flatMap((sources) => sequence(sources, state, (source) => ask('nat', source)));
+  const steps = orders.flatMap((sources) => sequence(sources, state, (source) => ask('nat', source), scene));
   return [...doubtful, ...distinctSteps(steps)];
 }
 
@@ -475,22 +484,21 @@ function sequence(
   sources: readonly RuleSource[],
   state: State,
   ask: (source: RuleSource) => readonly Branch[],
+  scene: Scene,
 ): readonly Step[] {
   const [source, ...rest] = sources;
   if (source === undefined) return [state];
   return ask(source).flatMap(({ decision, conditions }): readonly Step[] => {
     const after: State = { ...state, conditions: [...state.conditions, ...conditions] };
     const goesOn = decision.kind === 'none' || decision.kind === 'notrack';
-    return goesOn ? sequence(rest, after, ask) : [decided(after, decision)];
+    return goesOn ? sequence(rest, after, ask, scene) : [decided(after, decision, scene)];
   });
 }
 
-const HOST_ADDRESS: Party = { set: [EVERYTHING], name: "the host's own address" };
-
-function decided(state: State, decision: Decision): Step {
+function decided(state: State, decision: Decision, scene: Scene): Step {
   if (decision.kind === 'drop') return { ...state, end: DROPPED };
   if (decision.kind === 'unknown') return { ...state, end: `what ${decision.name} does is not known` };
-  if (decision.kind === 'masquerade') return { ...state, source: HOST_ADDRESS, snat: true };
+  if (decision.kind === 'masquerade') return { ...state, source: scene.host, snat: true };
   if (decision.kind !== 'dnat' && decision.kind !== 'snat') return state;
   const { to } = decision;
   const name = printSpan(to) + (to.ports === undefined ? '' : `:${to.ports}`);
@@ -534,7 +542,7 @@ function decidedByOurs(
   const sentToIb = typeof flow.destination === 'string' && ours.ibToGuest.has(flow.destination);
   if (sentToIb && address !== undefined) return { ...state, source: address, snat: true };
   if (typeof source === 'string' && ours.ibToGuest.has(source)) {
-    return { ...state, source: own[0] ?? HOST_ADDRESS, snat: true };
+    return { ...state, source: own[0] ?? scene.host, snat: true };
   }
   return undefined;
 }

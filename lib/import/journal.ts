@@ -27,6 +27,8 @@ export interface Journal {
   readonly version: typeof JOURNAL_VERSION;
   /** ISO 8601, UTC. */
   readonly started: string;
+  /** When the import before it was started, whose journal is kept; null: there was none that stands. */
+  readonly earlier: string | null;
   /** The table of kvm-ib was there before. */
   readonly loaded: boolean;
   readonly mappings: readonly JournalMapping[];
@@ -46,7 +48,8 @@ const line = v.pipe(v.string(), v.regex(/^[^\n\r]*$/));
 const chain = v.pipe(v.string(), v.regex(/^[^\s:]{1,64}$/));
 const journalSchema = v.object({
   version: v.literal(JOURNAL_VERSION),
-  started: v.string(),
+  started: v.pipe(v.string(), v.regex(/^[0-9TZ:.-]{10,40}$/)),
+  earlier: v.nullable(v.pipe(v.string(), v.regex(/^[0-9TZ:.-]{10,40}$/))),
   loaded: v.boolean(),
   mappings: v.array(
     v.object({

@@ -181,6 +181,7 @@ function createReader(tokens: readonly Token[]) {
     let line = tokens[at]?.line ?? 0;
     let why = maybe;
     let chained = false;
+    let isOpen = false;
     const end = (): void => {
       if (words.length > 0) found.push({ kind: 'command', line, words, maybe: why, chained });
       words = [];
@@ -188,8 +189,11 @@ function createReader(tokens: readonly Token[]) {
     };
     while (!isEnd()) {
       const token = tokens[at];
-      if (token === undefined || token.kind === 'newline') break;
+      if (token === undefined || (token.kind === 'newline' && !isOpen)) break;
       at += 1;
+      // Behind "&&" and "||" the next line belongs to it.
+      if (token.kind === 'newline') continue;
+      isOpen = token.kind === 'operator' && (token.text === '&&' || token.text === '||');
       if (token.kind === 'word') {
         if (words.length === 0) line = token.line;
         words.push(token.pieces);
@@ -202,7 +206,9 @@ function createReader(tokens: readonly Token[]) {
       }
       end();
       // Behind "&&" it runs if the one before it succeeds, which such scripts expect; behind "||" if it fails, which they do not.
-      if (token.text === '||') why ??= 'it stands behind `||`: whether it runs is not known';
+      // "-C … || -A …" is a rule that is there in either case.
+      if (token.text === '||' && !isCheck(found.at(-1))) why ??= 'it stands behind `||`: whether it runs is not known';
+      else if (token.text === '||') continue;
       else if (token.text !== '&&') break;
     }
     end();
@@ -210,6 +216,13 @@ function createReader(tokens: readonly Token[]) {
   };
 
   return { nodes: () => nodes() };
+}
+
+/** `iptables -C …` asks whether a rule is there. */
+function isCheck(node: Node | undefined): boolean {
+  if (node?.kind !== 'command') return false;
+  const text = node.words.map(plainText).join(' ');
+  return /(?:iptables|ipt)\S* .*(?:-C|--check) /i.test(text);
 }
 
 /** A word whose text depends on more than the script. */

@@ -91,6 +91,13 @@ export function otherNames(onedConf: string | null): readonly string[] {
   });
 }
 
+/** Whether the section of this name says all that `vmMadSection` would. */
+export function isCurrent(version: OneVersion, files: Pick<FrontEndFiles, 'onedConf'>, name: string): boolean {
+  const section = vmMadOf(files.onedConf, name);
+  const wanted = vmMadSection(version, files, name).matchAll(/^ +([A-Z_]+) *= "([^"]*)"/gm);
+  return section !== undefined && [...wanted].every(([, key = '', value]) => attribute(section, key) === value);
+}
+
 /** The section of one driver, comments taken out. */
 function vmMadOf(onedConf: string | null, name: string): string | undefined {
   return vmMads(onedConf).find((section) => attribute(section, 'NAME') === name);

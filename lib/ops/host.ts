@@ -73,4 +73,6 @@ export interface Host {
   withLock<T>(who: string, act: () => Promise<T>): Promise<T>;
   /** ISO 8601, UTC. */
   now(): string;
+  /** Guests of the configuration that rules of iptables translate: asked before the table comes for the first time. */
+  oldRules?(): Promise<readonly Ipv4[]>;
 }

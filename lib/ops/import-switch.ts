@@ -13,6 +13,7 @@ import { KvmIbError, toKvmIbError } from '../core/errors.ts';
 import type { Mapping, Owner } from '../core/mapping.ts';
 import { aliasKey, ownerName, sameMapping } from '../core/mapping.ts';
 import { plan } from '../core/plan.ts';
+import { servedNetworks } from '../core/served.ts';
 import type { StateFile } from '../core/state.ts';
 import { mappingsOf } from '../core/state.ts';
 import type { Comparison } from '../import/compare.ts';
@@ -29,7 +30,7 @@ import { announceAll } from './apply.ts';
 import type { Host } from './host.ts';
 import type { HostAnalysis, ImportHost, Progress } from './import.ts';
 import { analyseHost } from './import.ts';
-import { neededSpec, pairOf, refuseMissingLinks } from './observe.ts';
+import { neededSpec, ownAddressInRange, pairOf, refuseMissingLinks, tableSpec } from './observe.ts';
 import { createProbing } from './probe.ts';
 import type { ReconcileResult } from './reconcile.ts';
 import { reconcileLocked } from './reconcile.ts';
@@ -60,10 +61,11 @@ export interface SwitchResult {
 }
 
 /** What would be done, a line a change: for `--dry-run` and the report. */
-export function switchPlan(analysis: HostAnalysis, host: Pick<Host, 'config'>): readonly string[] {
-  const { journal } = journalOf(analysis, '');
+export function switchPlan(analysis: HostAnalysis): readonly string[] {
+  const { journal, empty } = journalOf(analysis, '', null);
   const coming = journal.mappings.filter(({ mapped }) => !mapped);
   return [
+    ...(analysis.loaded || empty ? [] : ['+ table     ip kvm_ib']),
     ...coming.flatMap(({ mapping }) => [
       `+ element   guest_to_ib ${mapping.guest} : ${mapping.address}`,
       `+ element   ib_to_guest ${mapping.address} : ${mapping.guest}`,
@@ -75,9 +77,6 @@ export function switchPlan(analysis: HostAnalysis, host: Pick<Host, 'config'>): 
     ...journal.rules.flatMap(({ variant, removed }) =>
       removed.map(({ chain, text }) => `- rule      iptables-${variant} -t nat -A ${chain} ${text}`),
     ),
-    ...(host.config.networks.length > 0 && !analysis.loaded && journal.mappings.length > 0
-      ? ['+ table     ip kvm_ib']
-      : []),
   ];
 }
 
@@ -101,7 +100,8 @@ export function importApply(host: Host, ports: ImportHost, options: SwitchOption
         fix: 'bring it back (systemctl restart libvirtd), or make every pair a mapping that only `kvm-ib remove` ends: --manual',
       });
     }
-    const { journal, empty } = journalOf(analysis, host.now());
+    const earlier = before?.phase === 'applied' ? before.journal.started : null;
+    const { journal, empty } = journalOf(analysis, host.now(), earlier);
     const none = { report: analysis.report, rules: 0, addresses: 0, mappings: 0, reconciled: undefined };
     if (empty) {
       // Somebody took the old rules out himself: nothing keeps the table from coming any more.
@@ -117,7 +117,9 @@ export function importApply(host: Host, ports: ImportHost, options: SwitchOption
     const absent = journal.mappings.map(({ mapping }) => mapping).filter(({ address }) => !local.has(address));
     await probing.ask(absent);
     probing.refuse(absent);
-    for (const { variant, text } of analysis.saved) ports.journal.backup(`${variant}.rules`, text);
+    refuseLeftovers(host, journal, analysis.addresses);
+    if (earlier !== null && before !== undefined) ports.journal.keep(before.journal);
+    for (const { variant, text } of analysis.saved) ports.journal.backup(variant, journal, text);
     ports.journal.write(journal);
     ports.journal.setPhase('applying');
     try {
@@ -213,7 +215,11 @@ export function refuseUnaccepted(comparisons: readonly Comparison[], accepted: r
   });
 }
 
-function journalOf(analysis: HostAnalysis, started: string): { readonly journal: Journal; readonly empty: boolean } {
+function journalOf(
+  analysis: HostAnalysis,
+  started: string,
+  earlier: string | null,
+): { readonly journal: Journal; readonly empty: boolean } {
   const { report, removed, sources } = analysis;
   const mappings = report.pairs.map(({ owner, mapping, mapped }): JournalMapping => ({ owner, mapping, mapped }));
   const guests = new Map(removed.map(({ rule, guest }) => [rule, guest]));
@@ -235,6 +241,7 @@ function journalOf(analysis: HostAnalysis, started: string): { readonly journal:
   const journal: Journal = {
     version: JOURNAL_VERSION,
     started,
+    earlier,
     loaded: analysis.loaded,
     mappings,
     rules,
@@ -242,6 +249,26 @@ function journalOf(analysis: HostAnalysis, started: string): { readonly journal:
     promoting: promotingLinks(addresses, analysis.addresses),
   };
   return { journal, empty: mappings.length === 0 };
+}
+
+/**
+ * An address that would be taken for the host's own stands in the way of all guests: an alias without a label and without
+ * a pair, say.
+ * @throws KvmIbError `conflict` naming it
+ */
+function refuseLeftovers(host: Host, journal: Journal, all: readonly StandingAddress[]): void {
+  const going = new Set(journal.addresses.map(addressKey));
+  const left = all.filter((one) => !going.has(addressKey(one)));
+  const spec = tableSpec(servedNetworks(host.config.networks, []), left);
+  for (const network of host.config.networks) {
+    const error = ownAddressInRange(network, spec.hostAddresses.get(network.name) ?? []);
+    if (error !== undefined) {
+      throw new KvmIbError('conflict', 'Cannot import', {
+        why: `${error.why}, and no pair translates it`,
+        fix: 'take it off the link if nobody needs it (ip address del), or leave it out of the ranges in the configuration',
+      });
+    }
+  }
 }
 
 /** Links where an address goes that others of its subnet are secondary to. */
@@ -531,7 +558,7 @@ async function goBack(host: Host, ports: ImportHost, journal: Journal, dryRun: b
   const result: RollbackResult = {
     rules: plans.reduce((sum, one) => sum + one.back.count, 0),
     addresses: returning.length,
-    mappings: ours.length,
+    mappings: ours.filter(({ guest }) => back.has(guest)).length,
     ended,
     tableRemoved: !journal.loaded,
     warnings: [],
@@ -558,7 +585,12 @@ async function goBack(host: Host, ports: ImportHost, journal: Journal, dryRun: b
     host.store.writeTable(undefined);
   }
   removeFiles(host, ours, journal);
-  ports.journal.setPhase('rolled-back');
+  if (journal.earlier !== null) {
+    // The import before this one stands, and is the next to go back.
+    ports.journal.setPhase('applied');
+    ports.journal.restore(journal.earlier);
+  } else if (journal.loaded) ports.journal.remove();
+  else ports.journal.setPhase('rolled-back');
   return result;
 }
 

@@ -1,5 +1,6 @@
 /** import: reads what an older deployment has on this host, or in files, and reports it. Changes nothing. */
 import type { Ipv4, Mac } from '../core/address.ts';
+import { rangeContains } from '../core/address.ts';
 import { KvmIbError } from '../core/errors.ts';
 import type { Config } from '../core/mapping.ts';
 import { mappingsOf } from '../core/state.ts';
@@ -12,7 +13,7 @@ import { suggestConfig } from '../import/suggest.ts';
 import type { Iptables, SavedRules } from '../iptables/port.ts';
 import { looksSaved, parseSaved } from '../iptables/save.ts';
 import { parseScript } from '../iptables/script.ts';
-import type { Parsed } from '../iptables/table.ts';
+import type { Parsed, Variant } from '../iptables/table.ts';
 import type { AddressTable, StandingAddress } from '../link/ports.ts';
 import type { Host } from './host.ts';
 
@@ -30,8 +31,12 @@ export interface JournalStore {
   read(): { readonly phase: JournalPhase; readonly journal: Journal } | undefined;
   write(journal: Journal): void;
   setPhase(phase: JournalPhase): void;
-  /** Keeps a text beside the journal. */
-  backup(name: string, text: string): void;
+  /** Keeps the rules of before beside the journal. */
+  backup(variant: Variant, journal: Journal, text: string): void;
+  /** Keeps the journal of an import that stands while another one comes. */
+  keep(journal: Journal): void;
+  /** Makes the kept journal of that start the journal again. */
+  restore(started: string): void;
   remove(): void;
 }
 
@@ -189,7 +194,10 @@ export function analyseFiles(config: Config, files: readonly InputFile[], progre
   const parsed = parseFiles(files);
   const addresses = parsed.flatMap((one) =>
     one.addresses.map((entry): StandingAddress => {
-      return { ...entry, address: entry.address as Ipv4, secondary: true, broadcast: null, scope: 0 };
+      const address = entry.address as Ipv4;
+      // Which one was first is not known; what is no IB address is taken for the host's own.
+      const secondary = config.networks.some((network) => rangeContains(network.addresses, address));
+      return { ...entry, address, secondary, broadcast: null, scope: 0 };
     }),
   );
   const tellsAddresses = parsed.some((one) => one.addresses.length > 0);

@@ -122,17 +122,23 @@ export function inspect(host: Host): Promise<{ readonly status: Status; readonly
     const outdated = kept.flatMap(({ file }) =>
       file.mappings.flatMap((m) => outdatedOf(host.config, file.owner, m) ?? []),
     );
-    const warnings = [...intent.warnings, ...importWarning(host)];
-    const found = { ok: drift.length === 0, mappings, drift, outdated, warnings };
+    const standstill = standstillOf(host);
+    const warnings = [
+      ...intent.warnings,
+      ...(standstill === undefined ? [] : [`${standstill.why}; ${standstill.fix}`]),
+    ];
+    const told = drift.map((one) =>
+      standstill !== undefined && one.fix === RECONCILE ? { ...one, fix: standstill.fix } : one,
+    );
+    const found = { ok: drift.length === 0, mappings, drift: told, outdated, warnings };
     return { status: found, table: view.table };
   });
 }
 
-function importWarning(host: Host): readonly string[] {
+/** Why reconcile does nothing now, and what to type instead; undefined: it works. */
+function standstillOf(host: Host): ReturnType<typeof unfinishedImport> | undefined {
   const phase = host.store.importPhase();
-  if (phase === undefined || phase === 'applied') return [];
-  const { why, fix } = unfinishedImport(phase);
-  return [`${why}; ${fix}`];
+  return phase === undefined || phase === 'applied' ? undefined : unfinishedImport(phase);
 }
 
 /** What the configuration would make of this mapping; undefined: the same. */

@@ -8,6 +8,7 @@ import {
   guestNetworkTemplate,
   HOOK_COMMAND,
   hookTemplates,
+  isCurrent,
   isRegistered,
   liveSnapshotsLine,
   nicExample,
@@ -88,7 +89,7 @@ export function frontEndRemovals(
 /** What can be written to a directory for `onevnet create` and `onehook create`, by name of the file. */
 export function templateFiles(facts: FrontEndFacts): readonly { readonly name: string; readonly text: string }[] {
   return [
-    { name: 'vm_mad.conf', text: vmMadSection(facts.version, facts) },
+    { name: 'vm_mad.conf', text: vmMadText(facts) },
     ...facts.networks.flatMap(({ network, options }) => [
       { name: `${network.name}-guests.net`, text: guestNetworkTemplate(network, options) },
       { name: `${network.name}-addresses.net`, text: addressNetworkTemplate(network) },
@@ -96,6 +97,13 @@ export function templateFiles(facts: FrontEndFacts): readonly { readonly name: s
     ]),
     ...hookTemplates().map(({ name, text }) => ({ name: `${name}.hook`, text })),
   ];
+}
+
+/** For the end of `oned.conf`; where an older driver has our folder, for the place of its section. */
+function vmMadText(facts: FrontEndFacts): string {
+  const [older] = otherNames(facts.onedConf);
+  if (older === undefined || isRegistered(facts.onedConf)) return vmMadSection(facts.version, facts);
+  return `# In the place of the section VM_MAD "${older}", not beside it.\n${vmMadSection(facts.version, facts, older)}`;
 }
 
 export function templateItems(directory: string, facts: FrontEndFacts): readonly Item[] {
@@ -151,7 +159,8 @@ export function frontEndNotes(
 
   const registered = isRegistered(facts.onedConf);
   const older = otherNames(facts.onedConf);
-  for (const name of older) {
+  const outdated = older.filter((name) => !isCurrent(facts.version, facts, name));
+  for (const name of outdated) {
     step(
       `Bring the section of VM_MAD "${name}" in ${ONED_CONF} up to date: it runs this driver as well, and its hosts and VMs keep that name`,
       vmMadSection(facts.version, facts, name),
@@ -179,7 +188,7 @@ export function frontEndNotes(
       '# Live disk-saveas stays out of reach: OpenNebula asks there for a driver called kvm.',
     );
   }
-  const restart = !registered || older.length > 0;
+  const restart = (!registered && older.length === 0) || outdated.length > 0;
   step(
     `${restart ? 'Restart OpenNebula, then copy the driver' : 'Copy the driver'} to the hosts: ${describeSize(size)} more than without kvm-ib`,
     ...(restart ? ['systemctl restart opennebula'] : []),

@@ -23,7 +23,7 @@ import type { HostView } from './observe.ts';
 import { hasAddress, hindranceOf, neededSpec, observeHost, ownAddressInRange, strangersOf } from './observe.ts';
 import type { Probing } from './probe.ts';
 import { createProbing, takenBy } from './probe.ts';
-import { activeFile, loadTable, refuseUnderOldRules, removing, stateFile } from './sync.ts';
+import { activeFile, loadTable, refuseOldRules, refuseUnderOldRules, removing, stateFile } from './sync.ts';
 
 export interface ReconcileResult {
   /** What was done, or with `dryRun` what would be. */
@@ -281,6 +281,7 @@ export async function reconcileLocked(host: Host, dryRun: boolean): Promise<Reco
   if (table.length === 0 && record === undefined) table.push('it is not known what it was loaded for');
   let flushed = 0;
   if (table.length > 0 && !dryRun) {
+    if (!view.table.table) await refuseOldRules(host, 'Cannot reconcile', record);
     const bootId = host.processes.bootId();
     const mappings = intent.entries
       .filter((e) => e.verdict !== 'release' && isOfBoot(e.file, bootId))

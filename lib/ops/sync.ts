@@ -15,7 +15,7 @@ import type { JournalPhase } from '../import/phase.ts';
 import type { ObservedPairs, TableSpec } from '../nat/engine.ts';
 import { rulesetTag } from '../nat/ruleset.ts';
 import { apply, reversalFailed } from './apply.ts';
-import type { Host } from './host.ts';
+import type { Host, TableRecord } from './host.ts';
 import {
   isLoadedFor,
   neededSpec,
@@ -405,6 +405,7 @@ async function ensureTable(host: Host, wish: readonly Mapping[], mappings: reado
     if (table && tag === rulesetTag(record)) return;
   }
   refuseUnderOldRules(host, 'Cannot load the table');
+  await refuseOldRules(host, 'Cannot load the table', record);
   // What runs under an older configuration stays served.
   const { files, unreadable } = host.store.all();
   const needing = [...files.flatMap(mappingsOf), ...wish];
@@ -455,6 +456,22 @@ export function refuseUnderOldRules(host: Host, message: string, also: readonly 
   const phase = host.store.importPhase();
   if (phase === undefined || ![...UNDER_OLD_RULES, ...also].includes(phase)) return;
   throw new KvmIbError('conflict', message, unfinishedImport(phase));
+}
+
+/**
+ * On a host where the table never was: the guests that an older deployment serves have no mapping, so its guards would cut
+ * them off.
+ * @param record what the table was loaded for
+ * @throws KvmIbError `conflict` naming how many
+ */
+export async function refuseOldRules(host: Host, message: string, record: TableRecord | undefined): Promise<void> {
+  if (record !== undefined || host.store.importPhase() !== undefined) return;
+  const guests = (await host.oldRules?.()) ?? [];
+  if (guests.length === 0) return;
+  throw new KvmIbError('conflict', message, {
+    why: `rules of iptables translate ${guests.length === 1 ? guests[0] : `${guests.length} guests`} still, which the guards of the table would cut off`,
+    fix: 'take them over first: kvm-ib import',
+  });
 }
 
 const UNDER_OLD_RULES: readonly JournalPhase[] = ['applying', 'rolling-back', 'rolled-back'];

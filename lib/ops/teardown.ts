@@ -6,7 +6,7 @@ import { mappingsOf } from '../core/state.ts';
 import { apply } from './apply.ts';
 import type { Host } from './host.ts';
 import { observeHost } from './observe.ts';
-import { putBack, removing } from './sync.ts';
+import { putBack, removing, unfinishedImport } from './sync.ts';
 
 export interface TeardownResult {
   readonly changes: readonly Change[];
@@ -26,6 +26,10 @@ export function teardown(
   options: { readonly force?: boolean; readonly dryRun?: boolean },
 ): Promise<TeardownResult> {
   return host.withLock('teardown', async () => {
+    const phase = host.store.importPhase();
+    if (!options.force && phase !== undefined && phase !== 'applied' && phase !== 'rolled-back') {
+      throw new KvmIbError('conflict', 'Cannot tear down this host', unfinishedImport(phase));
+    }
     const { files, unreadable } = host.store.all();
     const vms = files.flatMap((file) => (file.owner.kind === 'vm' ? [file.owner.vm] : []));
     if (!options.force && vms.length > 0) {

@@ -105,6 +105,9 @@ describe.each(['legacy', 'nft'] as const)('iptables-%s', (variant) => {
     expect({ nat: await host.nat(), addresses: await host.addresses() }).toEqual(before);
     expect(await lab.nft('h1').listTable('ip', 'kvm_ib')).toBeUndefined();
     expect(await refused(host, 4, 'reconcile')).toContain('rolled back');
+    const { stdout, stderr } = await host.kvmIb('status');
+    expect(stderr).toContain('the old rules are in force');
+    expect(stdout).not.toContain('kvm-ib reconcile');
     expect(await lab.reachAll('out', `${IB}.11`)).toBe(`g11: ${IB}.100 > ${GUESTS}.11`);
   });
 
@@ -216,17 +219,78 @@ test('both parts of iptables at once, aliases on another link and as /32', async
   expect(await loopback()).toContain(`${IB}.12/32 scope global lo:12`);
 });
 
+/** As somebody lays them by hand, beside what is there. */
+async function lay(...numbers: readonly number[]): Promise<void> {
+  const input = ['*nat', ...numbers.flatMap(pairRules), 'COMMIT', ''].join('\n');
+  await lab.exec('h1', ['/usr/sbin/iptables-legacy-restore', '--noflush'], { input });
+  for (const n of numbers) {
+    const address = ['address', 'add', `${IB}.${n}/24`, 'dev', 'ib0', 'label', `ib0:${n}`];
+    await lab.exec('h1', ['/usr/sbin/ip', ...address]);
+  }
+}
+
 test('beside mappings of kvm-ib: they stay, and so does the table at the way back', async () => {
-  const host = await old({ rules: withForeign(11, 12), addresses: ALIASES.slice(0, 2) });
-  const before = { nat: await host.nat(), addresses: await host.addresses() };
+  const host = await old({ rules: [], addresses: [] });
   await done(host, 'add', '--guest', `${GUESTS}.13`);
-  await done(host, 'import', '--apply', '--accept', `${ACCEPT},outbound`);
+  await lay(11, 12);
+  const before = { nat: await host.nat(), addresses: await host.addresses() };
+  await done(host, 'import', '--apply', '--accept', `${ACCEPT},outbound,inbound`);
   await expectOurs();
   await done(host, 'import', '--rollback');
-  expect(await host.nat()).toEqual(before.nat);
-  expect([...(await host.addresses())].sort()).toEqual([...before.addresses, `${IB}.13/32 kib:s2`].sort());
+  expect({ nat: await host.nat(), addresses: await host.addresses() }).toEqual(before);
   expect(JSON.parse(await done(host, 'list', '--json'))).toMatchObject([{ guest: `${GUESTS}.13` }]);
   expect(await lab.reachAll('out', `${IB}.13`)).toBe(`g13: ${IB}.100 > ${GUESTS}.13`);
+  // kvm-ib was in service before, and is.
+  await done(host, 'reconcile');
+  expect(await done(host, 'status')).toContain('OK: 1 mapping');
+});
+
+test('one import after another: each goes back by itself, the last first', async () => {
+  const host = await old({ rules: withForeign(11, 12), addresses: ALIASES.slice(0, 2) });
+  const first = { nat: await host.nat(), addresses: await host.addresses() };
+  await done(host, 'import', '--apply', '--accept', ACCEPT);
+  await lay(13);
+  const second = { nat: await host.nat(), addresses: await host.addresses() };
+  await done(host, 'import', '--apply', '--accept', `${ACCEPT},inbound,outbound`);
+  expect(await done(host, 'status')).toContain('OK: 3 mappings');
+  await done(host, 'import', '--rollback');
+  expect({ nat: await host.nat(), addresses: await host.addresses() }).toEqual(second);
+  await done(host, 'reconcile');
+  expect((await host.kvmIb('status')).stdout).toContain('OK: 2 mappings');
+  await lab.exec('h1', [
+    '/usr/sbin/iptables-legacy',
+    '-t',
+    'nat',
+    '-D',
+    ...(pairRules(13)[0] ?? '').split(' ').slice(1),
+  ]);
+  await lab.exec('h1', [
+    '/usr/sbin/iptables-legacy',
+    '-t',
+    'nat',
+    '-D',
+    ...(pairRules(13)[1] ?? '').split(' ').slice(1),
+  ]);
+  await lab.exec('h1', ['/usr/sbin/ip', 'address', 'delete', `${IB}.13/24`, 'dev', 'ib0']);
+  await done(host, 'import', '--rollback');
+  expect({ nat: await host.nat(), addresses: await host.addresses() }).toEqual(first);
+  expect(await refused(host, 4, 'import', '--rollback')).toContain('rolled back already');
+});
+
+test('where the table never was, nothing loads it over old rules', async () => {
+  const host = await old();
+  for (const args of [['reconcile'], ['add', '--guest', `${GUESTS}.14`]]) {
+    expect(await refused(host, 4, ...args)).toContain('rules of iptables translate 3 guests still');
+  }
+  expect(await lab.nft('h1').listTable('ip', 'kvm_ib')).toBeUndefined();
+});
+
+test("an address that would count as the host's own holds the switch up before it begins", async () => {
+  const host = await old();
+  await lab.exec('h1', ['/usr/sbin/ip', 'address', 'add', `${IB}.15/24`, 'dev', 'ib0']);
+  const before = { nat: await host.nat(), addresses: await host.addresses() };
+  expect(await refused(host, 4, 'import', '--apply', '--accept', ACCEPT)).toContain(`${IB}.15`);
+  expect({ nat: await host.nat(), addresses: await host.addresses() }).toEqual(before);
 });
 
 test('killed by a signal at any time, then on and back: streams live', { timeout: 240_000 }, async () => {

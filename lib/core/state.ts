@@ -68,7 +68,8 @@ const ipv4 = v.custom<Ipv4>((value) => typeof value === 'string' && tryParseIpv4
 const mac = v.custom<Mac>((value) => typeof value === 'string' && tryParseMac(value) === value);
 const linkName = v.custom<LinkName>((value) => typeof value === 'string' && tryParseLinkName(value) !== undefined);
 const id = v.pipe(v.number(), v.integer(), v.minValue(0));
-const mappingSchema = v.object({
+/** The shape of a mapping. */
+export const mappingSchema = v.object({
   network: v.string(),
   device: linkName,
   bridge: linkName,
@@ -80,13 +81,15 @@ const mappingSchema = v.object({
   label: v.pipe(v.string(), v.regex(/^[A-Za-z0-9._:-]{1,15}$/)),
   named: v.optional(v.boolean()),
 });
+/** The shape of an owner. */
+export const ownerSchema = v.variant('kind', [
+  v.object({ kind: v.literal('vm'), vm: id }),
+  v.object({ kind: v.literal('manual'), guest: ipv4 }),
+  v.object({ kind: v.literal('static'), guest: ipv4 }),
+]);
 const stateSchema = v.object({
   version: v.literal(STATE_VERSION),
-  owner: v.variant('kind', [
-    v.object({ kind: v.literal('vm'), vm: id }),
-    v.object({ kind: v.literal('manual'), guest: ipv4 }),
-    v.object({ kind: v.literal('static'), guest: ipv4 }),
-  ]),
+  owner: ownerSchema,
   phase: v.variant('name', [
     v.object({
       name: v.literal('pending'),

@@ -1,8 +1,9 @@
 /** What an import did, so that it can go on after it was stopped, and back. Pure: shape and text. */
 import * as v from 'valibot';
-import type { Ipv4, LinkName, Mac } from '../core/address.ts';
-import { tryParseIpv4, tryParseLinkName, tryParseMac } from '../core/address.ts';
+import type { Ipv4, LinkName } from '../core/address.ts';
+import { tryParseIpv4, tryParseLinkName } from '../core/address.ts';
 import type { Mapping, Owner } from '../core/mapping.ts';
+import { mappingSchema, ownerSchema } from '../core/state.ts';
 import type { Variant } from '../iptables/table.ts';
 import type { StandingAddress } from '../link/ports.ts';
 
@@ -40,9 +41,7 @@ export interface Journal {
 }
 
 const ipv4 = v.custom<Ipv4>((value) => typeof value === 'string' && tryParseIpv4(value) !== undefined);
-const mac = v.custom<Mac>((value) => typeof value === 'string' && tryParseMac(value) === value);
 const link = v.custom<LinkName>((value) => typeof value === 'string' && tryParseLinkName(value) !== undefined);
-const id = v.pipe(v.number(), v.integer(), v.minValue(0));
 /** One line: it is handed to iptables-restore. */
 const line = v.pipe(v.string(), v.regex(/^[^\n\r]*$/));
 const chain = v.pipe(v.string(), v.regex(/^[^\s:]{1,64}$/));
@@ -53,23 +52,8 @@ const journalSchema = v.object({
   loaded: v.boolean(),
   mappings: v.array(
     v.object({
-      owner: v.variant('kind', [
-        v.object({ kind: v.literal('vm'), vm: id }),
-        v.object({ kind: v.literal('manual'), guest: ipv4 }),
-        v.object({ kind: v.literal('static'), guest: ipv4 }),
-      ]),
-      mapping: v.object({
-        network: v.string(),
-        device: link,
-        bridge: link,
-        guest: ipv4,
-        address: ipv4,
-        mac: v.nullable(mac),
-        vm: v.nullable(id),
-        nic: v.nullable(id),
-        label: v.pipe(v.string(), v.regex(/^[A-Za-z0-9._:-]{1,15}$/)),
-        named: v.optional(v.boolean()),
-      }),
+      owner: ownerSchema,
+      mapping: mappingSchema,
       mapped: v.boolean(),
     }),
   ),

@@ -11,7 +11,7 @@
  */
 import { KvmIbError, toKvmIbError } from '../core/errors.ts';
 import type { Mapping, Owner } from '../core/mapping.ts';
-import { aliasKey, ownerName, sameMapping } from '../core/mapping.ts';
+import { ownerName, sameMapping } from '../core/mapping.ts';
 import { plan } from '../core/plan.ts';
 import { servedNetworks } from '../core/served.ts';
 import type { StateFile } from '../core/state.ts';
@@ -22,14 +22,14 @@ import { JOURNAL_VERSION } from '../import/journal.ts';
 import type { JournalPhase } from '../import/phase.ts';
 import type { Acceptance, ImportReport } from '../import/report.ts';
 import { differingCases, groupBy, unaccepted } from '../import/report.ts';
-import { removalText, returnPlan, textsOf } from '../iptables/change.ts';
-import { parseSaved } from '../iptables/save.ts';
-import type { Table, Variant } from '../iptables/table.ts';
+import { returnPlan, textsOf } from '../iptables/change.ts';
 import type { StandingAddress } from '../link/ports.ts';
 import { announceAll } from './apply.ts';
 import type { Host } from './host.ts';
 import type { HostAnalysis, ImportHost, Progress } from './import.ts';
 import { analyseHost } from './import.ts';
+import { addressKey, adopt, giveBack } from './import-addresses.ts';
+import { NAT, readNat, ruleKey, takeRules, verify } from './import-rules.ts';
 import { neededSpec, ownAddressInRange, pairOf, refuseMissingLinks, tableSpec } from './observe.ts';
 import { createProbing } from './probe.ts';
 import type { ReconcileResult } from './reconcile.ts';
@@ -37,7 +37,6 @@ import { reconcileLocked } from './reconcile.ts';
 import { activeFile, loadTable, stateFile, unfinishedImport } from './sync.ts';
 
 const WHO = 'import';
-const NAT = 'nat';
 
 export interface SwitchOptions {
   readonly accepted: readonly Acceptance[];
@@ -356,147 +355,6 @@ function writeFiles(host: Host, journal: Journal, progress: Progress): void {
   }
 }
 
-/** Addresses that are changed in one go. */
-const PART = 250;
-
-/**
- * Our aliases beside the old addresses, then the old ones off. An old one that differs from ours by its label alone cannot
- * stand beside it: it goes first, which no packet notices, since what is translated is not looked up as the host's.
- * @returns aliases of addresses that the host did not have
- */
-async function adopt(
-  ports: ImportHost,
-  journal: Journal,
-  standing: readonly Mapping[],
-  all: readonly StandingAddress[],
-  progress: Progress,
-): Promise<readonly Mapping[]> {
-  const { addresses } = ports;
-  const present = new Set(all.map((one) => addressKey(one)));
-  const wide: StandingAddress[] = [];
-  const inTheWay = new Map<string, StandingAddress>();
-  for (const one of journal.addresses) {
-    if (!present.has(addressKey(one))) continue;
-    if (one.prefixLength === 32) inTheWay.set(`${one.device} ${one.address}`, one);
-    else wide.push(one);
-  }
-  const local = new Set<string>(all.map(({ address }) => address));
-  const known = new Set(all.filter((one) => one.prefixLength === 32).map(aliasKey));
-  const missing = standing.filter((mapping) => !known.has(aliasKey(mapping)));
-  for (const mapping of missing) {
-    const key = `${mapping.device} ${mapping.address}`;
-    const before = inTheWay.get(key);
-    if (before === undefined) continue;
-    inTheWay.delete(key);
-    await addresses.take([before]);
-    await addresses.put([aliasOf(mapping)]);
-  }
-  // By parts: what the kernel needs for an address grows with how many there are.
-  const plain = new Map<string, StandingAddress[]>();
-  for (const one of wide.filter(({ secondary }) => secondary))
-    plain.set(one.address, [...(plain.get(one.address) ?? []), one]);
-  for (let at = 0; at < missing.length; at += PART) {
-    const part = missing.slice(at, at + PART);
-    await addresses.put(part.map(aliasOf));
-    await addresses.take(part.flatMap(({ address }) => plain.get(address) ?? []));
-    for (const { address } of part) plain.delete(address);
-    progress(at, missing.length);
-  }
-  const rest = [...plain.values()].flat();
-  const first = wide.filter(({ secondary }) => !secondary);
-  await takeAddresses(ports, [...rest, ...first, ...inTheWay.values()], journal.promoting);
-  return missing.filter((mapping) => !local.has(mapping.address));
-}
-
-/** Secondary ones first. Where the first of a subnet goes and others stay, they must not go with it. */
-async function takeAddresses(
-  ports: ImportHost,
-  list: readonly StandingAddress[],
-  promoting: readonly string[],
-): Promise<void> {
-  const { addresses } = ports;
-  const set = promoting.filter((device) => !addresses.promotesSecondaries(device));
-  for (const device of set) addresses.setPromotesSecondaries(device, true);
-  try {
-    await addresses.take([...list].sort((a, b) => Number(b.secondary) - Number(a.secondary)));
-  } finally {
-    for (const device of set) addresses.setPromotesSecondaries(device, false);
-  }
-}
-
-function aliasOf({ device, address, label }: Mapping): StandingAddress {
-  return { device, address, label, prefixLength: 32, secondary: false, broadcast: null, scope: 0 };
-}
-
-function addressKey({ device, address, prefixLength, label }: StandingAddress): string {
-  return `${device} ${address}/${prefixLength} ${label}`;
-}
-
-async function readNat(ports: ImportHost, variant: Variant): Promise<Table | undefined> {
-  const { saved } = await ports.iptables.save();
-  const text = saved.find((one) => one.variant === variant)?.text;
-  return text === undefined ? undefined : parseSaved(text).tables.get(NAT);
-}
-
-/** @returns how many rules went */
-async function takeRules(ports: ImportHost, journal: Journal): Promise<number> {
-  let count = 0;
-  for (const { variant, removed } of journal.rules) {
-    const table = await readNat(ports, variant);
-    // What is there of them still: each as often as it was found.
-    const there = new Map<string, number>();
-    for (const chain of table?.chains.values() ?? []) {
-      for (const text of textsOf(chain))
-        there.set(ruleKey(chain.name, text), (there.get(ruleKey(chain.name, text)) ?? 0) + 1);
-    }
-    const due = removed.filter(({ chain, text }) => {
-      const left = there.get(ruleKey(chain, text)) ?? 0;
-      there.set(ruleKey(chain, text), left - 1);
-      return left > 0;
-    });
-    if (due.length === 0) continue;
-    const expected = new Map(
-      [...(table?.chains.values() ?? [])].map((chain) => [chain.name, without(textsOf(chain), due, chain.name)]),
-    );
-    await ports.iptables.restore(variant, removalText(NAT, due));
-    count += due.length;
-    verify(variant, await readNat(ports, variant), expected);
-  }
-  return count;
-}
-
-function ruleKey(chain: string, text: string): string {
-  return `${chain} ${text}`;
-}
-
-/** The texts of a chain without those that go, of equal ones the first: as -D does it. */
-function without(
-  texts: readonly string[],
-  due: readonly { readonly chain: string; readonly text: string }[],
-  chain: string,
-): readonly string[] {
-  const going = new Map<string, number>();
-  for (const rule of due) if (rule.chain === chain) going.set(rule.text, (going.get(rule.text) ?? 0) + 1);
-  return texts.filter((text) => {
-    const left = going.get(text) ?? 0;
-    going.set(text, left - 1);
-    return left <= 0;
-  });
-}
-
-/** @throws KvmIbError `failed` when a rule of somebody else is not where it was */
-function verify(variant: Variant, table: Table | undefined, expected: ReadonlyMap<string, readonly string[]>): void {
-  for (const [name, texts] of expected) {
-    const chain = table?.chains.get(name);
-    const found = chain === undefined ? [] : textsOf(chain);
-    if (found.length === texts.length && found.every((text, place) => text === texts[place])) continue;
-    throw new KvmIbError('failed', `Cannot verify chain ${name} of iptables-${variant}`, {
-      why: 'its rules are not those that were expected: somebody else changes them at the same time',
-      fix: 'stop what writes rules (a firewall that reloads, an old driver), and try again',
-    });
-  }
-}
-
 /** What to throw after a step failed: all is put back, or the journal says how to do it. */
 async function afterFailure(host: Host, ports: ImportHost, journal: Journal, cause: unknown): Promise<KvmIbError> {
   const error = toKvmIbError(cause, 'Cannot import');
@@ -592,21 +450,6 @@ async function goBack(host: Host, ports: ImportHost, journal: Journal, dryRun: b
   } else if (journal.loaded) ports.journal.remove();
   else ports.journal.setPhase('rolled-back');
   return result;
-}
-
-/** The old addresses on, our aliases off. The first of a subnet comes first, so that the others are secondary to it again. */
-async function giveBack(ports: ImportHost, list: readonly StandingAddress[], ours: readonly Mapping[]): Promise<void> {
-  const { addresses } = ports;
-  await addresses.put(list.filter(({ secondary, prefixLength }) => !secondary && prefixLength !== 32));
-  const byAddress = groupBy(list, ({ address }) => address);
-  for (let at = 0; at < ours.length; at += PART) {
-    const part = ours.slice(at, at + PART);
-    const old = part.flatMap(({ address }) => byAddress.get(address) ?? []);
-    await addresses.put(old.filter(({ prefixLength }) => prefixLength !== 32));
-    await addresses.take(part.map(aliasOf));
-    // What differs from ours by its label alone can only come when ours is gone.
-    await addresses.put(old.filter(({ prefixLength }) => prefixLength === 32));
-  }
 }
 
 /** The pairs go, the flows stay: the old rules translate them the same way. */

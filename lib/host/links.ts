@@ -61,7 +61,9 @@ export function createLinks(): Links & AddressTable {
     linkAt: (index) => withSocket((request) => getLink(request, { index })),
     addresses: async () => {
       const found = await withSocket(dumpAddresses);
-      return found.map(({ device, address, prefixLength, label }) => ({ device, address, prefixLength, label }));
+      return found.map(({ device, address, prefixLength, label, secondary }) => {
+        return { device, address, prefixLength, label, ...(secondary ? { secondary } : {}) };
+      });
     },
     standing: () => withSocket(dumpAddresses),
     isLocal,

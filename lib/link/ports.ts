@@ -32,11 +32,12 @@ export interface InetAddress {
   readonly prefixLength: number;
   /** IFA_LABEL; the device's own name for an ordinary address. */
   readonly label: string;
+  /** IFA_F_SECONDARY: it came after another one of its subnet, and goes with that one unless the kernel promotes it then. */
+  readonly secondary?: boolean;
 }
 
 /** An address with all that it takes to put it there again. */
 export interface StandingAddress extends InetAddress {
-  /** IFA_F_SECONDARY: it goes with the first address of its subnet, unless the kernel promotes it then. */
   readonly secondary: boolean;
   readonly broadcast: Ipv4 | null;
   /** RT_SCOPE_*: 0 everywhere, 253 link, 254 host. */

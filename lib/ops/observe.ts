@@ -246,10 +246,16 @@ export function tableSpec(networks: readonly ServedNetwork[], addresses: readonl
   const own = (network: ServedNetwork): readonly Ipv4[] =>
     addresses
       .filter((entry) => entry.device === network.device && !isOurLabel(network.device, entry.label))
-      // Somebody's labelled alias in the IB range is in the way of that one address, not the host's own.
-      .filter((entry) => entry.label === network.device || !hasAddress(network, entry.address))
+      // Somebody's alias in the IB range is in the way of that one address, not the host's own.
+      .filter((entry) => !hasAddress(network, entry.address) || !isAlias(entry, addresses))
       .map((entry) => entry.address);
   return { networks, hostAddresses: new Map(networks.map((n) => [n.name, own(n)])) };
+}
+
+/** One that came beside an address that the link had: by its label, by the kernel's word, or as a /32 beside a subnet. */
+function isAlias(entry: InetAddress, all: readonly InetAddress[]): boolean {
+  if (entry.label !== entry.device || entry.secondary === true) return true;
+  return entry.prefixLength === 32 && all.some((one) => one.device === entry.device && one.prefixLength < 32);
 }
 
 /** Whether an IB address is one of the network's. */

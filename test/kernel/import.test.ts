@@ -285,11 +285,21 @@ test('where the table never was, nothing loads it over old rules', async () => {
   expect(await lab.nft('h1').listTable('ip', 'kvm_ib')).toBeUndefined();
 });
 
-test("an address that would count as the host's own holds the switch up before it begins", async () => {
+test("an alias without a pair stays; the host's own address in the range holds the switch up before it begins", async () => {
   const host = await old();
   await lab.exec('h1', ['/usr/sbin/ip', 'address', 'add', `${IB}.15/24`, 'dev', 'ib0']);
+  await lab.exec('h1', ['/usr/sbin/ip', 'address', 'add', `${IB}.16/32`, 'dev', 'ib0']);
+  const spare = ((await reportOf(host)).aliases ?? []).filter(({ guest }) => guest === null);
+  expect(spare.map(({ address }) => address).sort()).toEqual([`${IB}.15`, `${IB}.16`]);
+  await done(host, 'import', '--apply', '--accept', ACCEPT);
+  expect(await done(host, 'status')).toContain('OK: 3 mappings');
+  const now = await host.addresses();
+  for (const one of [`${IB}.15/24 ib0`, `${IB}.16/32 ib0`]) expect(now).toContain(one);
+  await done(host, 'import', '--rollback');
+
+  await lab.exec('h1', ['/usr/sbin/ip', 'address', 'add', `${IB}.17/25`, 'dev', 'ib0']);
   const before = { nat: await host.nat(), addresses: await host.addresses() };
-  expect(await refused(host, 4, 'import', '--apply', '--accept', ACCEPT)).toContain(`${IB}.15`);
+  expect(await refused(host, 4, 'import', '--apply', '--accept', ACCEPT)).toContain(`${IB}.17`);
   expect({ nat: await host.nat(), addresses: await host.addresses() }).toEqual(before);
 });
 

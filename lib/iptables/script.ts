@@ -11,7 +11,7 @@ import { builtInChains, draftTables } from './table.ts';
 import { type Piece, type ShellToken, splitShell } from './words.ts';
 
 /** Commands that one script may come to, loops counted out. */
-const MAX_COMMANDS = 200_000;
+const MAX_COMMANDS = 100_000;
 const MAX_DEPTH = 40;
 /** Words that one word with braces may come to. */
 const MAX_WORDS = 70_000;

@@ -181,7 +181,7 @@ describe('any input', () => {
       `iptables -t nat -A POSTROUTING -s ${Array.from({ length: 3_000 }, (_, n) => `10.0.${n >> 8}.${n & 255}`).join()} -d ${Array.from({ length: 3_000 }, (_, n) => `10.1.${n >> 8}.${n & 255}`).join()} -j ACCEPT`,
     ],
     ['escape sequences', '*nat\n-A PREROUTING -m comment --comment "\u001b[2J\u001b]0;x\u0007" -j ACCEPT\nCOMMIT\n'],
-  ])('%s', (_, text) => {
+  ])('%s', { timeout: 60_000 }, (_, text) => {
     report(text);
   });
 });

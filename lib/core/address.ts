@@ -73,9 +73,22 @@ export function parseLinkName(text: string, what = 'link'): LinkName {
   return name;
 }
 
+const DOT = 46;
+const ZERO = 48;
+
 /** The address as an unsigned 32-bit number. */
 export function ipv4ToNumber(address: Ipv4): number {
-  return address.split('.').reduce((sum, octet) => sum * 256 + Number(octet), 0);
+  // Without a list of parts: an import of ten thousand pairs asks a million times.
+  let sum = 0;
+  let octet = 0;
+  for (let at = 0; at < address.length; at++) {
+    const code = address.charCodeAt(at);
+    if (code === DOT) {
+      sum = sum * 256 + octet;
+      octet = 0;
+    } else octet = octet * 10 + code - ZERO;
+  }
+  return sum * 256 + octet;
 }
 
 /** The address of an unsigned 32-bit number. */

@@ -26,7 +26,7 @@ import {
   encodeSetMtu,
   RTM,
 } from '../link/rtnetlink.ts';
-import { createReplyReader, encodeRequest, NLM_F, type Reply } from '../link/wire.ts';
+import { concat, createReplyReader, encodeRequest, NLM_F, type Reply } from '../link/wire.ts';
 import { ERRNO, interruptedError, messagesOf, NETLINK_ROUTE, openNetlink } from './netlink-socket.ts';
 
 const TIMEOUT_MS = 5_000;
@@ -39,10 +39,13 @@ const SYS_NET = '/sys/class/net';
 /** Sends one request over a socket and resolves with the whole answer. */
 type Request = (type: number, flags: number, payload: Uint8Array) => Promise<Reply>;
 
+/** Sends some requests of one type in one datagram. The kernel carries them out and answers them one by one, in order. */
+type RequestAll = (type: number, flags: number, payloads: readonly Uint8Array[]) => Promise<readonly Reply[]>;
+
 export function createLinks(): Links & AddressTable {
   let last: Promise<unknown> = Promise.resolve();
   /** Runs `use` with a socket of its own, after all earlier ones are closed. */
-  const withSocket = <T>(use: (request: Request) => Promise<T>): Promise<T> => {
+  const withSocket = <T>(use: (request: Request, requestAll: RequestAll) => Promise<T>): Promise<T> => {
     const run = last.then(() => openAndUse(use));
     last = run.catch(() => undefined);
     return run;
@@ -79,8 +82,8 @@ export function createLinks(): Links & AddressTable {
       checkLabel(message, label);
       await change(message, RTM.deleteAddress, 0, device, (index) => encodeAlias(index, address, label));
     },
-    put: (list) => withSocket((request) => changeAddresses(request, list, 'add')),
-    take: (list) => withSocket((request) => changeAddresses(request, list, 'remove')),
+    put: (list) => withSocket((request, all) => changeAddresses(request, all, list, 'add')),
+    take: (list) => withSocket((request, all) => changeAddresses(request, all, list, 'remove')),
     promotesSecondaries: (device) => ['all', device].some((name) => readFlag(promoteSecondaries(name))),
     setPromotesSecondaries: (device, on) => {
       try {
@@ -127,30 +130,42 @@ function promoteSecondaries(device: string): string {
   return `/proc/sys/net/ipv4/conf/${device}/promote_secondaries`;
 }
 
+/** Requests in one datagram: their answers must fit into the receive buffer. */
+const AT_ONCE = 50;
+
 /** Many addresses over one socket. What is there, or gone, already is passed over. */
 async function changeAddresses(
   request: Request,
+  requestAll: RequestAll,
   list: readonly StandingAddress[],
   what: 'add' | 'remove',
 ): Promise<void> {
-  const indexes = new Map<string, number>();
-  for (const one of list) {
-    const { device, address, prefixLength, label } = one;
-    const message = `Cannot ${what} ${address}/${prefixLength} ${what === 'add' ? 'to' : 'from'} ${device}`;
-    checkLabel(message, label);
-    const index = indexes.get(device) ?? (await getLink(request, { name: device }))?.index;
-    if (index === undefined) {
-      if (what === 'remove') continue;
-      throw noLink(message, device);
+  const [type, flags, passes] =
+    what === 'add'
+      ? [RTM.newAddress, NLM_F.create | NLM_F.exclusive | NLM_F.ack, [ERRNO.EEXIST]]
+      : [RTM.deleteAddress, NLM_F.ack, [ERRNO.EADDRNOTAVAIL, ERRNO.ENODEV]];
+  const indexes = new Map<string, number | undefined>();
+  for (let at = 0; at < list.length; at += AT_ONCE) {
+    const batch: { readonly message: string; readonly payload: Uint8Array }[] = [];
+    for (const one of list.slice(at, at + AT_ONCE)) {
+      const { device, address, prefixLength, label } = one;
+      const message = `Cannot ${what} ${address}/${prefixLength} ${what === 'add' ? 'to' : 'from'} ${device}`;
+      checkLabel(message, label);
+      if (!indexes.has(device)) indexes.set(device, (await getLink(request, { name: device }))?.index);
+      const index = indexes.get(device);
+      if (index !== undefined) batch.push({ message, payload: encodeAddress(index, one) });
+      else if (what === 'add') throw noLink(message, device);
     }
-    indexes.set(device, index);
-    const reply =
-      what === 'add'
-        ? await request(RTM.newAddress, NLM_F.create | NLM_F.exclusive | NLM_F.ack, encodeAddress(index, one))
-        : await request(RTM.deleteAddress, NLM_F.ack, encodeAddress(index, one));
-    const passes: readonly number[] = what === 'add' ? [ERRNO.EEXIST] : [ERRNO.EADDRNOTAVAIL, ERRNO.ENODEV];
-    if (reply.kind === 'refused' && passes.includes(reply.errno)) continue;
-    messagesOf(reply, message);
+    if (batch.length === 0) continue;
+    const replies = await requestAll(
+      type,
+      flags,
+      batch.map(({ payload }) => payload),
+    );
+    replies.forEach((reply, place) => {
+      const isPassed = reply.kind === 'refused' && passes.some((errno) => errno === reply.errno);
+      if (!isPassed) messagesOf(reply, batch[place]?.message ?? '');
+    });
   }
 }
 
@@ -216,7 +231,7 @@ async function isLocal(address: Ipv4): Promise<boolean> {
   }
 }
 
-async function openAndUse<T>(use: (request: Request) => Promise<T>): Promise<T> {
+async function openAndUse<T>(use: (request: Request, requestAll: RequestAll) => Promise<T>): Promise<T> {
   const { RawNetlinkSocket } = await import('netlink/dist/raw.js');
   const failed = 'Cannot talk to the kernel over rtnetlink';
   let socket: InstanceType<typeof RawNetlinkSocket>;
@@ -236,10 +251,12 @@ async function openAndUse<T>(use: (request: Request) => Promise<T>): Promise<T> 
   socket.on('truncatedMessage', () => onError(new Error('a datagram was cut')));
   socket.on('error', (error) => onError(error));
 
-  const request: Request = (type, flags, payload) =>
-    new Promise<Reply>((resolve, reject) => {
-      seq += 1;
-      const reader = createReplyReader(seq);
+  const requestAll: RequestAll = (type, flags, payloads) =>
+    new Promise((resolve, reject) => {
+      const readers = payloads.map((_, place) => createReplyReader(seq + 1 + place));
+      const bytes = concat(...payloads.map((payload, place) => encodeRequest(type, flags, seq + 1 + place, payload)));
+      seq += payloads.length;
+      const replies: Reply[] = [];
       const fail = (why: string, cause?: unknown) => {
         clearTimeout(timer);
         reject(new KvmIbError('failed', failed, { why, cause }));
@@ -247,18 +264,27 @@ async function openAndUse<T>(use: (request: Request) => Promise<T>): Promise<T> 
       const timer = setTimeout(() => fail(`no answer within ${TIMEOUT_MS} ms`), TIMEOUT_MS);
       onError = (error) => fail(error instanceof Error ? error.message : String(error), error);
       onDatagram = (datagram) => {
-        const reply = reader.feed(datagram);
-        if (reply === undefined) return;
+        // One datagram may have the answers to several.
+        for (let reader = readers[replies.length]; reader !== undefined; reader = readers[replies.length]) {
+          const reply = reader.feed(datagram);
+          if (reply === undefined) return;
+          replies.push(reply);
+        }
         clearTimeout(timer);
-        resolve(reply);
+        resolve(replies);
       };
-      socket.send(encodeRequest(type, flags, seq, payload), {}, (error) => {
+      socket.send(bytes, {}, (error) => {
         if (error) onError(error);
       });
     });
+  const request: Request = async (type, flags, payload) => {
+    const [reply] = await requestAll(type, flags, [payload]);
+    if (reply === undefined) throw new KvmIbError('failed', failed, { why: 'nothing was asked' });
+    return reply;
+  };
 
   try {
-    return await use(request);
+    return await use(request, requestAll);
   } finally {
     onDatagram = () => undefined;
     onError = () => undefined;

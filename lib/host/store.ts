@@ -77,6 +77,13 @@ export function createStore(directory: string): Store {
 
   const claim = (address: Ipv4, name: string): void => {
     const path = claimOf(address);
+    try {
+      // Where nobody has it, which is nearly always, one call does.
+      symlinkSync(name, path);
+      return;
+    } catch (error) {
+      if ((error as NodeJS.ErrnoException).code !== 'EEXIST') throw error;
+    }
     const temporary = join(claims, `.${randomBytes(6).toString('hex')}`);
     symlinkSync(name, temporary);
     renameSync(temporary, path);

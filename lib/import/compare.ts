@@ -135,7 +135,7 @@ export function compare(
     const add = (kind: Case, guest: string, address: Ipv4 | null, flow: Flow, before = flow): void => {
       const was = endsOf(old, scene, before);
       const is = endsOf(next, scene, flow);
-      const same = JSON.stringify(was) === JSON.stringify(is);
+      const same = sameEnds(was, is);
       results.push({ case: kind, network: network.name, guest, address, old: said(was), new: said(is), same });
     };
     const own = facts.coming.filter((m) => m.network === network.name);
@@ -192,6 +192,14 @@ export function compare(
   }
   progress(total, total);
   return results;
+}
+
+function sameEnds(a: readonly End[], b: readonly End[]): boolean {
+  const isSame = (one: End, other: End | undefined): boolean =>
+    one.text === other?.text &&
+    one.conditions.length === other.conditions.length &&
+    one.conditions.every((condition, place) => condition === other.conditions[place]);
+  return a.length === b.length && a.every((one, place) => isSame(one, b[place]));
 }
 
 /** Somebody in a packet: one address, or a set of them under a name. */
@@ -364,6 +372,8 @@ function ends(world: World, scene: Scene, flow: Flow, protocol: Protocol, matter
 
 /** Ways that end alike are one, on the conditions that they share. */
 function merged(list: readonly End[]): readonly End[] {
+  const [sole] = list;
+  if (sole !== undefined && list.length === 1) return [{ ...sole, conditions: [] }];
   const byText = new Map<string, End>();
   for (const one of list) {
     const known = byText.get(one.text);
@@ -510,6 +520,7 @@ function decided(state: State, decision: Decision, scene: Scene): Step {
 }
 
 function distinctSteps(steps: readonly Step[]): readonly Step[] {
+  if (steps.length === 1) return steps;
   const key = ({ source, destination, end, dnat, snat, conditions }: Step): string =>
     JSON.stringify([nameOf(source), nameOf(destination), end, dnat, snat, conditions]);
   return [...new Map(steps.map((step) => [key(step), step])).values()];

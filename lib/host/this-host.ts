@@ -49,9 +49,14 @@ export async function createHost(
     withLock: (who, act) => withLock(store.lockPath, { timeoutMs: paths.lockTimeoutMs ?? LOCK_TIMEOUT_MS, who }, act),
     now: () => new Date().toISOString(),
     oldRules: async () => {
-      const { saved } = await createIptables(exec).save();
-      const sources = saved.map(({ variant, text }) => ({ variant, name: variant, tables: parseSaved(text).tables }));
-      return translatedGuests(config, sources);
+      try {
+        const { saved } = await createIptables(exec).save();
+        const sources = saved.map(({ variant, text }) => ({ variant, name: variant, tables: parseSaved(text).tables }));
+        return translatedGuests(config, sources);
+      } catch {
+        // A program that is missing or broken is no old rule; import itself says what is wrong with it.
+        return [];
+      }
     },
   };
 }

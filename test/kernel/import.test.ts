@@ -132,6 +132,27 @@ describe.each(['legacy', 'nft'] as const)('iptables-%s', (variant) => {
   });
 });
 
+test.each([0, 1])(
+  'flows between guests of the host and with the host itself live too, bridge-nf-call-iptables=%i',
+  async (nf) => {
+    await lab.sysctl('h1', 'net.bridge.bridge-nf-call-iptables', nf);
+    const rules = [11, 12, 13].flatMap((n) => [
+      `-A PREROUTING -d ${IB}.${n}/32 -j DNAT --to-destination ${GUESTS}.${n}`,
+      `-A OUTPUT -d ${IB}.${n}/32 -j DNAT --to-destination ${GUESTS}.${n}`,
+      `-A POSTROUTING -s ${GUESTS}.${n}/32 -j SNAT --to-source ${IB}.${n}`,
+    ]);
+    const host = await old({ rules });
+    const flows = [...FLOWS, ['g11', `${IB}.12`], ['g12', `${IB}.13`], ['h1', `${IB}.11`], ['g13', `${IB}.1`]] as const;
+    const { lost, retransmitted } = await under(async () => {
+      for (let round = 0; round < 3; round++) {
+        await done(host, 'import', '--apply', '--accept', `${ACCEPT},outbound/other-link`);
+        await done(host, 'import', '--rollback');
+      }
+    }, flows);
+    expect({ lost, retransmitted }).toEqual({ lost: [], retransmitted: 0 });
+  },
+);
+
 test('a VM that ended since stays away at the way back; one that came since holds it up', async () => {
   const host = await old();
   const before = { nat: await host.nat(), addresses: await host.addresses() };
@@ -369,10 +390,10 @@ async function retransmissions(): Promise<number> {
 }
 
 /** Sends on all flows without a pause while `act` runs. */
-async function under(act: () => Promise<unknown>) {
+async function under(act: () => Promise<unknown>, flows: readonly (readonly [string, string])[] = FLOWS) {
   const streams: (readonly [string, Stream])[] = [];
   for (const protocol of ['tcp', 'udp'] as const) {
-    for (const [from, to] of FLOWS) streams.push([`${protocol} ${from} > ${to}`, await lab.stream(protocol, from, to)]);
+    for (const [from, to] of flows) streams.push([`${protocol} ${from} > ${to}`, await lab.stream(protocol, from, to)]);
   }
   await Promise.all(streams.map(([, stream]) => stream.exchange()));
   const before = await retransmissions();

@@ -3,14 +3,14 @@ import { closeSync, existsSync, fstatSync, openSync, readFileSync } from 'node:f
 import type { Command } from 'commander';
 import { Option } from 'commander';
 import type { ExitStatus } from '../core/errors.ts';
-import { KvmIbError, printable } from '../core/errors.ts';
+import { errorReport, KvmIbError, printable, toKvmIbError } from '../core/errors.ts';
 import { ownerName } from '../core/mapping.ts';
 import { readConfig } from '../host/config-file.ts';
 import { createImportHost } from '../host/import-host.ts';
 import { pathsFrom } from '../host/paths.ts';
 import type { Comparison } from '../import/compare.ts';
 import type { Acceptance, ImportReport, PairReport, RuleReport } from '../import/report.ts';
-import { differingCases, parseAcceptance } from '../import/report.ts';
+import { acceptanceFor, parseAcceptance, unaccepted } from '../import/report.ts';
 import type { Host } from '../ops/host.ts';
 import { analyseFiles, analyseHost, MAX_INPUT, suggestFromFiles, suggestFromHost } from '../ops/import.ts';
 import type { RollbackResult, SwitchResult, SwitchStep } from '../ops/import-switch.ts';
@@ -81,12 +81,15 @@ export function addImportCommand(root: Command, shell: Shell): void {
 async function run(shell: Shell, files: readonly string[], options: ImportOptions): Promise<void> {
   shell.useJson(options.json ?? false);
   const accepted = acceptances(options.accept);
+  const command = ownCommand(options);
   if (files.length > 0) {
     const given = (['apply', 'resume', 'rollback'] as const).find((name) => options[name]);
     if (given !== undefined) {
       throw new KvmIbError('usage', `Cannot use --${given} with files`, {
         why: 'the switch is made on this host, from the rules that its kernel has',
-        fix: `leave the files out: kvm-ib import --${given}; to map by hand: kvm-ib add --guest … --address …`,
+        fix: files.every((file) => parseAcceptance(file) !== undefined)
+          ? `write a comma between what is accepted: --accept ${[options.accept, ...files].join(',')}`
+          : `leave the files out: ${command} --${given}${given === 'apply' ? '; to map by hand: kvm-ib add --guest … --address …' : ''}`,
       });
     }
     showFiles(shell, files, options);
@@ -113,6 +116,7 @@ async function run(shell: Shell, files: readonly string[], options: ImportOption
       const result = await importApply(host, ports, {
         accepted,
         manual: options.manual ?? false,
+        command,
         onStep: progress.step,
       });
       progress.end();
@@ -123,15 +127,29 @@ async function run(shell: Shell, files: readonly string[], options: ImportOption
     } else {
       const analysis = await analyseHost(host, ports, (done, all) => progress.step('compare', done, all));
       progress.end();
-      const plan = switchPlan(analysis);
-      if (options.json) shell.json({ dryRun: true, report: analysis.report, plan });
-      else {
-        showReport(shell, analysis.report, options);
-        if (options.dryRun || options.apply) for (const line of plan) shell.out(`${printable(line, 400)}\n`);
-        shell.out('Nothing was changed.\n');
-        if (!options.apply) showNext(shell, analysis.report);
+      const plan = await switchPlan(host, analysis);
+      const refused = options.apply ? refusalOf(analysis.report, accepted, command) : undefined;
+      if (options.json) {
+        // One document: what is refused is part of it.
+        shell.json({
+          dryRun: true,
+          report: analysis.report,
+          plan,
+          refused: refused === undefined ? null : errorReport(refused),
+        });
+        if (refused !== undefined) shell.exit(refused.exit);
+        return;
       }
-      if (options.apply) refuseUnaccepted(analysis.report.comparisons, accepted);
+      showReport(shell, analysis.report, options);
+      if (options.dryRun || options.apply) for (const line of plan) shell.out(`${printable(line, 400)}\n`);
+      shell.out('Nothing was changed.\n');
+      if (
+        !options.apply &&
+        (analysis.phase === undefined || analysis.phase === 'applied' || analysis.phase === 'rolled-back')
+      ) {
+        showNext(shell, analysis.report, command, accepted);
+      }
+      if (refused !== undefined) throw refused;
     }
   } finally {
     progress.end();
@@ -190,11 +208,20 @@ function readInput(name: string): string {
     return bounded(readFileSync(fd), message).toString('utf8');
   } catch (cause) {
     if (cause instanceof KvmIbError) throw cause;
-    const why = cause instanceof Error ? cause.message : String(cause);
-    throw new KvmIbError('usage', message, { why, fix: 'name a file that is there and may be read', cause });
+    throw new KvmIbError('usage', message, {
+      why: whyUnread(cause),
+      fix: 'name a file that is there and may be read',
+      cause,
+    });
   } finally {
     if (fd !== undefined) closeSync(fd);
   }
+}
+
+function whyUnread(cause: unknown): string {
+  const { code, message } = cause as NodeJS.ErrnoException;
+  if (code === 'ENOENT') return 'it is not there';
+  return code === 'EACCES' ? 'it may not be read by this user' : String(message);
 }
 
 function bounded(bytes: Buffer, message: string): Buffer {
@@ -383,13 +410,30 @@ function marked(shell: Shell, text: string): string {
   return shell.colour ? `\u001b[33m${text}\u001b[0m` : text;
 }
 
-function showNext(shell: Shell, report: ImportReport): void {
+function refusalOf(report: ImportReport, accepted: readonly Acceptance[], command: string): KvmIbError | undefined {
+  try {
+    refuseUnaccepted(report.comparisons, accepted, command);
+    return undefined;
+  } catch (error) {
+    return toKvmIbError(error);
+  }
+}
+
+/** The command as it was called: before an installation it lies elsewhere, and has its configuration elsewhere. */
+function ownCommand(options: ImportOptions): string {
+  const program = process.argv[1] ?? '';
+  const called = program === '' || program.startsWith('/usr/') ? 'kvm-ib' : `node ${program}`;
+  const config = options.config === undefined ? [] : ['--config', options.config];
+  return [called, 'import', ...config, ...(options.manual ? ['--manual'] : [])].join(' ');
+}
+
+function showNext(shell: Shell, report: ImportReport, command: string, accepted: readonly Acceptance[]): void {
   if (report.pairs.length === 0) return;
-  const cases = differingCases(report.comparisons);
-  const accept = cases.length === 0 ? '' : ` --accept ${cases.join(',')}`;
-  shell.out(
-    `To go over${cases.length === 0 ? '' : ', if these differences are meant'}: kvm-ib import --apply${accept}\n`,
-  );
+  const open = unaccepted(report.comparisons, accepted);
+  const given = accepted.map(({ what, address }) => (address === undefined ? what : `${what}@${address}`));
+  const words = [...given, ...acceptanceFor(open, report.comparisons)];
+  const accept = words.length === 0 ? '' : ` --accept ${words.join(',')}`;
+  shell.out(`To go over${open.length === 0 ? '' : ', if these differences are meant'}: ${command} --apply${accept}\n`);
 }
 
 function showDone(shell: Shell, result: Omit<SwitchResult, 'report'>, options: ImportOptions): void {

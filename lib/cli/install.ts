@@ -190,7 +190,11 @@ async function installHost(shell: Shell, options: HostOptions): Promise<void> {
   const pack = findPackage();
   const facts = await hostFacts(target, options);
   if (target.live) requireNode(target);
-  if (target.live && facts.config !== null && !options.dryRun) await refuseOldRules(facts.config, options);
+  if (target.live && facts.config !== null) {
+    const refused = await oldRulesError(facts.config, options);
+    if (refused !== undefined && !options.dryRun) throw refused;
+    if (refused !== undefined) shell.warn([`it would be refused: ${refused.why}; ${refused.fix}`]);
+  }
   const items = hostItems(facts, packageFiles(pack));
   const record = target.readRecord(HOST_RECORD);
   const look = target.observe(pack, record.files);
@@ -220,11 +224,11 @@ async function installHost(shell: Shell, options: HostOptions): Promise<void> {
 }
 
 /** The units load the table, whose guards drop what has no mapping: guests that older rules serve come over first. */
-async function refuseOldRules(config: Config, options: HostOptions): Promise<void> {
+async function oldRulesError(config: Config, options: HostOptions): Promise<KvmIbError | undefined> {
   const guests = await guestsUnderOldRules(config, createIptables(exec));
-  if (guests.length === 0) return;
+  if (guests.length === 0) return undefined;
   const file = options.config === undefined ? '' : ` --config ${options.config}`;
-  throw new KvmIbError('conflict', 'Cannot install the host', {
+  return new KvmIbError('conflict', 'Cannot install the host', {
     why: `rules of iptables translate ${guests.length === 1 ? guests[0] : `${guests.length} guests`} still, whom kvm-ib would cut off`,
     fix: `take them over first: ${process.argv[1] === undefined ? 'kvm-ib' : `node ${process.argv[1]}`} import${file} (docs/migrate.md)`,
   });

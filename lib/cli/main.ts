@@ -30,7 +30,7 @@ import type { Outdated } from '../ops/inspect.ts';
 import { list, status } from '../ops/inspect.ts';
 import { obstacles, oldRulesFinding } from '../ops/obstacles.ts';
 import { reconcileAndPublish } from '../ops/publish.ts';
-import { sync } from '../ops/sync.ts';
+import { refuseUnderOldRules, sync } from '../ops/sync.ts';
 import { teardown } from '../ops/teardown.ts';
 import { addImportCommand } from './import.ts';
 import { addInstallCommands } from './install.ts';
@@ -258,6 +258,7 @@ async function add(options: AddOptions): Promise<void> {
   const vm = options.vm === undefined ? null : parseNumber(options.vm, '--vm', 99_999_999);
   const nic = options.nic === undefined ? null : parseNumber(options.nic, '--nic', 99);
   const host = await open(options, 'add');
+  refuseUnderOldRules(host, 'Cannot add the mapping', ['switching']);
   const mapping = resolveMapping(host.config, { guest, address, mac, vm, nic });
   const owner: Owner = vm === null ? { kind: 'manual', guest } : { kind: 'vm', vm };
   const others = (host.store.read(owner)?.mappings ?? []).filter(

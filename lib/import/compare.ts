@@ -14,7 +14,7 @@ import type { RuleSource } from './pairs.ts';
 /**
  * Kinds of packets, by class and case: what `--accept` names.
  * inbound: from the fabric to the IB address; by another link; from the fabric to the guest address itself.
- * outbound: from the guest to the fabric; by another link; from guests that get no mapping.
+ * outbound: from the guest to the fabric; by another link; from guests of the subnet that get no mapping.
  * host: from this host to the IB address; from the guest to the host's address on the link.
  * loopback: from another mapped guest of this host to the IB address; from the guest to its own.
  */
@@ -180,10 +180,7 @@ export function compare(
     }
     // Guests that no rule names one by one, but that a rule such as a masquerade serves.
     const named = [...ours.guestToIb.keys(), ...facts.unmapped.map((m) => m.guest as string)].map(spanOf);
-    const rest = without(
-      [{ first: ipv4ToNumber(network.guests.first), last: ipv4ToNumber(network.guests.last) }],
-      named,
-    );
+    const rest = without([surrounding(rangeSpan(network.guests))], named);
     if (rest.length > 0) {
       const flow: Flow = { in: scene.bridge, source: { set: rest, name: 'the guest' }, destination: scene.peer };
       const served = endsOf(old, scene, flow).some(({ text }) => !text.endsWith('from the guest') && text !== DROPPED);
@@ -507,6 +504,8 @@ function sequence(
 
 function decided(state: State, decision: Decision, scene: Scene): Step {
   if (decision.kind === 'drop') return { ...state, end: DROPPED };
+  if (decision.kind === 'unknown' && decision.name === 'REDIRECT')
+    return { ...state, end: 'is redirected to this host' };
   if (decision.kind === 'unknown') return { ...state, end: `what ${decision.name} does is not known` };
   if (decision.kind === 'masquerade') return { ...state, source: scene.host, snat: true };
   if (decision.kind !== 'dnat' && decision.kind !== 'snat') return state;

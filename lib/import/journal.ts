@@ -17,6 +17,10 @@ export interface JournalRules {
   readonly removed: readonly { readonly chain: string; readonly text: string; readonly guest: Ipv4 }[];
 }
 
+export type BridgeSetting =
+  | { readonly kind: 'mtu'; readonly link: LinkName; readonly mtu: number }
+  | { readonly kind: 'hairpin'; readonly port: LinkName; readonly on: boolean };
+
 export interface JournalMapping {
   readonly owner: Owner;
   readonly mapping: Mapping;
@@ -36,6 +40,8 @@ export interface Journal {
   readonly rules: readonly JournalRules[];
   /** Addresses that go. */
   readonly addresses: readonly StandingAddress[];
+  /** Settings of bridges and their ports that the import changed, as they were. */
+  readonly settings: readonly BridgeSetting[];
   /** Links whose promote_secondaries is set for the while. */
   readonly promoting: readonly string[];
 }
@@ -74,6 +80,12 @@ const journalSchema = v.object({
       broadcast: v.nullable(ipv4),
       scope: v.pipe(v.number(), v.integer(), v.minValue(0), v.maxValue(255)),
     }),
+  ),
+  settings: v.array(
+    v.variant('kind', [
+      v.object({ kind: v.literal('mtu'), link, mtu: v.pipe(v.number(), v.integer(), v.minValue(68)) }),
+      v.object({ kind: v.literal('hairpin'), port: link, on: v.boolean() }),
+    ]),
   ),
   promoting: v.array(link),
 });

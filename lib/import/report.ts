@@ -131,6 +131,9 @@ export function analyse(facts: ImportFacts, progress?: (done: number, all: numbe
     const rules = unique(candidate.rules).map(ruleReport);
     if (typeof place === 'string') {
       leave(candidate.rules, place);
+      // On the bridge of a network our guards see it all the same.
+      const near = networkNear(facts.config, guest);
+      if (near !== undefined) unmapped.push({ guest, address, network: near.name });
       continue;
     }
     if (!isPair(candidate)) {
@@ -221,9 +224,28 @@ export function parseAcceptance(text: string): Acceptance | undefined {
   return known && what !== '' && more.length === 0 ? { what, address } : undefined;
 }
 
-function accepts({ what, address }: Acceptance, one: Comparison): boolean {
-  const fits = one.case === what || one.case.startsWith(`${what}/`);
-  return fits && (address === undefined || one.address === address || one.guest === address);
+function accepts(acceptance: Acceptance, one: Comparison): boolean {
+  const fits = one.case === acceptance.what || one.case.startsWith(`${acceptance.what}/`);
+  return fits && isOf(acceptance, one);
+}
+
+/** Whether a comparison is of the address that an acceptance names, if it names one. */
+export function isOf({ address }: Acceptance, one: Comparison): boolean {
+  return address === undefined || one.address === address || one.guest === address;
+}
+
+/** Addresses that are named one by one. */
+const FEW = 4;
+
+/** The words that accept just these: a case where it differs everywhere, or the addresses where it differs on a few. */
+export function acceptanceFor(open: readonly Comparison[], all: readonly Comparison[]): readonly string[] {
+  return differingCases(open).flatMap((kind) => {
+    const differing = open.filter((one) => one.case === kind && !one.same);
+    const everywhere = all.every((one) => one.case !== kind || !one.same);
+    const named = differing.flatMap(({ address }) => address ?? []);
+    const few = !everywhere && named.length === differing.length && named.length <= FEW;
+    return few ? named.map((address) => `${kind}@${address}`) : [kind];
+  });
 }
 
 /** The cases that differ, in their usual order. */
@@ -258,6 +280,12 @@ function placeOf(config: Config, { guest, address, rules }: Candidate): Network 
     return `it is for ${stranger.negated ? 'links other than ' : ''}${stranger.name}, and network ${network.name} has ${network.device} and ${network.bridge}`;
   }
   return network;
+}
+
+/** The network on whose bridge a guest hangs, by its subnet: of a guest outside the ranges. */
+function networkNear(config: Config, guest: Ipv4): Network | undefined {
+  const subnet = (address: Ipv4): string => address.slice(0, address.lastIndexOf('.'));
+  return config.networks.find(({ guests }) => [guests.first, guests.last].some((one) => subnet(one) === subnet(guest)));
 }
 
 function covers({ name, negated }: LinkMatch, link: string): boolean {

@@ -6,7 +6,7 @@ import { findPairs } from './pairs.ts';
 import { groupBy } from './report.ts';
 
 /**
- * The text of a configuration that holds all pairs, a network for each guest subnet (/24).
+ * The text of a configuration that holds all pairs and halves, a network for each guest subnet (/24) with a pair.
  * @param aliases addresses and the links that they are on, as far as they are known
  * @returns undefined when there is no pair
  */
@@ -14,8 +14,11 @@ export function suggestConfig(
   sources: readonly RuleSource[],
   aliases: readonly { readonly device: string; readonly address: Ipv4 }[],
 ): string | undefined {
-  const pairs = findPairs(sources).candidates.filter(({ has }) => has.dnat && has.snat);
-  const groups = [...groupBy(pairs, ({ guest }) => guest.slice(0, guest.lastIndexOf('.'))).values()];
+  // With halves: they are on the bridge too, and are to be seen.
+  const all = [
+    ...groupBy(findPairs(sources).candidates, ({ guest }) => guest.slice(0, guest.lastIndexOf('.'))).values(),
+  ];
+  const groups = all.filter((group) => group.some(({ has }) => has.dnat && has.snat));
   if (groups.length === 0) return undefined;
   const devices = new Map<string, string>(aliases.map(({ address, device }) => [address, device]));
   const networks = groups.map((group, index) => {

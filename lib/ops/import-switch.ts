@@ -9,19 +9,21 @@
  *
  * Every step can be done again, so whoever is stopped goes on from the journal, either way.
  */
+import type { Ipv4 } from '../core/address.ts';
 import { KvmIbError, toKvmIbError } from '../core/errors.ts';
 import type { Mapping, Owner } from '../core/mapping.ts';
 import { ownerName, sameMapping } from '../core/mapping.ts';
-import { plan } from '../core/plan.ts';
+import type { Change, ObservedBridge } from '../core/plan.ts';
+import { describe, plan } from '../core/plan.ts';
 import { servedNetworks } from '../core/served.ts';
 import type { StateFile } from '../core/state.ts';
 import { mappingsOf } from '../core/state.ts';
 import type { Comparison } from '../import/compare.ts';
-import type { Journal, JournalMapping, JournalRules } from '../import/journal.ts';
+import type { BridgeSetting, Journal, JournalMapping, JournalRules } from '../import/journal.ts';
 import { JOURNAL_VERSION } from '../import/journal.ts';
 import type { JournalPhase } from '../import/phase.ts';
 import type { Acceptance, ImportReport } from '../import/report.ts';
-import { differingCases, groupBy, unaccepted } from '../import/report.ts';
+import { acceptanceFor, differingCases, groupBy, isOf, unaccepted } from '../import/report.ts';
 import { returnPlan, textsOf } from '../iptables/change.ts';
 import type { StandingAddress } from '../link/ports.ts';
 import { announceAll } from './apply.ts';
@@ -30,7 +32,7 @@ import type { HostAnalysis, ImportHost, Progress } from './import.ts';
 import { analyseHost } from './import.ts';
 import { addressKey, adopt, giveBack } from './import-addresses.ts';
 import { NAT, readNat, ruleKey, takeRules, verify } from './import-rules.ts';
-import { neededSpec, ownAddressInRange, pairOf, refuseMissingLinks, tableSpec } from './observe.ts';
+import { neededSpec, observeBridge, ownAddressInRange, pairOf, refuseMissingLinks, tableSpec } from './observe.ts';
 import { createProbing } from './probe.ts';
 import type { ReconcileResult } from './reconcile.ts';
 import { reconcileLocked } from './reconcile.ts';
@@ -42,6 +44,8 @@ export interface SwitchOptions {
   readonly accepted: readonly Acceptance[];
   /** True: whose the guests are is not asked for; all become manual mappings. */
   readonly manual: boolean;
+  /** How the command was called, for what is to be typed next. */
+  readonly command?: string;
   /** Told of each step, with how much of it is done. */
   readonly onStep?: (step: SwitchStep, done: number, all: number) => void;
 }
@@ -60,8 +64,12 @@ export interface SwitchResult {
 }
 
 /** What would be done, a line a change: for `--dry-run` and the report. */
-export function switchPlan(analysis: HostAnalysis): readonly string[] {
+export async function switchPlan(
+  host: Pick<Host, 'config' | 'links'>,
+  analysis: HostAnalysis,
+): Promise<readonly string[]> {
   const { journal, empty } = journalOf(analysis, '', null);
+  const settings = empty ? [] : await bridgeChanges(host);
   const coming = journal.mappings.filter(({ mapped }) => !mapped);
   return [
     ...(analysis.loaded || empty ? [] : ['+ table     ip kvm_ib']),
@@ -76,7 +84,36 @@ export function switchPlan(analysis: HostAnalysis): readonly string[] {
     ...journal.rules.flatMap(({ variant, removed }) =>
       removed.map(({ chain, text }) => `- rule      iptables-${variant} -t nat -A ${chain} ${text}`),
     ),
+    ...settings.flatMap(describe),
   ];
+}
+
+/** What reconcile makes of the bridges at the end: their MTU follows the link, their ports let frames turn round where need be. */
+async function bridgeChanges(host: Pick<Host, 'config' | 'links'>): Promise<readonly Change[]> {
+  const bridges: ObservedBridge[] = [];
+  for (const { bridge, device } of host.config.networks) bridges.push(await observeBridge(host, bridge, device));
+  const nothing = { guestToIb: new Map(), ibToGuest: new Map(), macs: new Set<string>(), unbound: new Set<Ipv4>() };
+  return plan({ want: [], release: [] }, { ...nothing, aliases: [], bridges });
+}
+
+/** How the bridges are before that. */
+function settingsOf(changes: readonly Change[]): readonly BridgeSetting[] {
+  return changes.flatMap((change): readonly BridgeSetting[] => {
+    if (change.kind === 'set-mtu') return [{ kind: 'mtu', link: change.link, mtu: change.from }];
+    return change.kind === 'set-hairpin' ? [{ kind: 'hairpin', port: change.port, on: !change.on }] : [];
+  });
+}
+
+/** A port may have gone with its VM. */
+async function putSettingsBack(host: Host, settings: readonly BridgeSetting[]): Promise<void> {
+  for (const one of settings) {
+    try {
+      if (one.kind === 'mtu') await host.links.setMtu(one.link, one.mtu);
+      else await host.links.setHairpin(one.port, one.on);
+    } catch (error) {
+      if (!(error instanceof KvmIbError) || error.code !== 'host-lacks') throw error;
+    }
+  }
 }
 
 /**
@@ -92,7 +129,7 @@ export function importApply(host: Host, ports: ImportHost, options: SwitchOption
     const analysis = await analyseHost(host, options.manual ? withoutGuests(ports) : ports, (done, all) =>
       options.onStep?.('compare', done, all),
     );
-    refuseUnaccepted(analysis.report.comparisons, options.accepted);
+    refuseUnaccepted(analysis.report.comparisons, options.accepted, options.command);
     if (analysis.libvirtSilent && !options.manual) {
       throw new KvmIbError('conflict', 'Cannot import', {
         why: 'libvirt does not answer, so nobody knows which guests belong to VMs that OpenNebula may end',
@@ -100,7 +137,8 @@ export function importApply(host: Host, ports: ImportHost, options: SwitchOption
       });
     }
     const earlier = before?.phase === 'applied' ? before.journal.started : null;
-    const { journal, empty } = journalOf(analysis, host.now(), earlier);
+    const { journal: planned, empty } = journalOf(analysis, host.now(), earlier);
+    const journal = { ...planned, settings: empty ? [] : settingsOf(await bridgeChanges(host)) };
     const none = { report: analysis.report, rules: 0, addresses: 0, mappings: 0, reconciled: undefined };
     if (empty) {
       // Somebody took the old rules out himself: nothing keeps the table from coming any more.
@@ -202,7 +240,18 @@ function refuseStopped(phase: JournalPhase | undefined, message: string): void {
 }
 
 /** @throws KvmIbError `conflict` that names what differs, and the option that accepts it */
-export function refuseUnaccepted(comparisons: readonly Comparison[], accepted: readonly Acceptance[]): void {
+export function refuseUnaccepted(
+  comparisons: readonly Comparison[],
+  accepted: readonly Acceptance[],
+  command = 'kvm-ib import',
+): void {
+  const stray = accepted.find((one) => one.address !== undefined && !comparisons.some((c) => isOf(one, c)));
+  if (stray !== undefined) {
+    throw new KvmIbError('usage', `Cannot accept "${stray.what}@${stray.address}"`, {
+      why: 'no comparison is of that address',
+      fix: `see which there are: ${command}`,
+    });
+  }
   const open = unaccepted(comparisons, accepted);
   const [first] = open;
   if (first === undefined) return;
@@ -210,7 +259,7 @@ export function refuseUnaccepted(comparisons: readonly Comparison[], accepted: r
   const given = accepted.map(({ what, address }) => (address === undefined ? what : `${what}@${address}`));
   throw new KvmIbError('conflict', 'Cannot import', {
     why: `${open.length} of ${comparisons.length} comparisons differ, and that is not accepted: ${cases.join(', ')}; for example ${first.case} of ${first.address ?? first.guest}: before, ${first.old}; after, ${first.new}`,
-    fix: `look at each in \`kvm-ib import\`; where it is meant to be: kvm-ib import --apply --accept ${[...given, ...cases].join(',')}`,
+    fix: `look at each in \`${command}\`; where it is meant to be: ${command} --apply --accept ${[...given, ...acceptanceFor(open, comparisons)].join(',')}`,
   });
 }
 
@@ -245,6 +294,7 @@ function journalOf(
     mappings,
     rules,
     addresses,
+    settings: [],
     promoting: promotingLinks(addresses, analysis.addresses),
   };
   return { journal, empty: mappings.length === 0 };
@@ -308,7 +358,9 @@ async function goOver(
 
   const fresh = await adopt(ports, journal, standing, all, step('aliases'));
   step('rules')(0, 1);
-  const rules = await takeRules(ports, journal);
+  await takeRules(ports, journal);
+  // Also those that went before it was stopped.
+  const rules = journal.rules.reduce((sum, { removed }) => sum + removed.length, 0);
   ports.journal.setPhase('applied');
 
   step('reconcile')(0, 1);
@@ -414,7 +466,7 @@ async function goBack(host: Host, ports: ImportHost, journal: Journal, dryRun: b
     plans.push({ variant, back: returnPlan(table, new Map(Object.entries(before)), isWanted) });
   }
   const result: RollbackResult = {
-    rules: plans.reduce((sum, one) => sum + one.back.count, 0),
+    rules: journal.rules.flatMap((one) => one.removed).filter(({ guest }) => back.has(guest)).length,
     addresses: returning.length,
     mappings: ours.filter(({ guest }) => back.has(guest)).length,
     ended,
@@ -439,6 +491,7 @@ async function goBack(host: Host, ports: ImportHost, journal: Journal, dryRun: b
   await giveBack(ports, returning, ours);
   if (journal.loaded) await takePairs(host, ours);
   else {
+    await putSettingsBack(host, journal.settings);
     await host.nat.remove();
     host.store.writeTable(undefined);
   }

@@ -10,12 +10,14 @@ import type { JournalPhase } from '../import/phase.ts';
 import type { Analysis, GuestNic } from '../import/report.ts';
 import { analyse, translatedGuests } from '../import/report.ts';
 import { suggestConfig } from '../import/suggest.ts';
+import { isAddressListing, parseAddressListing } from '../iptables/address-listing.ts';
 import type { Iptables, SavedRules } from '../iptables/port.ts';
 import { looksSaved, parseSaved } from '../iptables/save.ts';
 import { parseScript } from '../iptables/script.ts';
 import type { Parsed, Variant } from '../iptables/table.ts';
 import type { AddressTable, StandingAddress } from '../link/ports.ts';
 import type { Host } from './host.ts';
+import { unfinishedImport } from './sync.ts';
 
 export type Guests = () => Promise<
   | { readonly kind: 'asked'; readonly nics: readonly GuestNic[] }
@@ -63,6 +65,8 @@ export interface HostAnalysis extends Analysis {
   readonly loaded: boolean;
   /** There are guests, and libvirt does not say whose they are. */
   readonly libvirtSilent: boolean;
+  /** Where an import stands that is not done. */
+  readonly phase: JournalPhase | undefined;
 }
 
 /** Reads this host. @throws KvmIbError `host-lacks` or `failed` when its rules cannot be read whole */
@@ -100,9 +104,12 @@ export async function analyseHost(
     },
     progress,
   );
+  const phase = host.store.importPhase();
+  const unfinished = phase === undefined || phase === 'applied' ? undefined : unfinishedImport(phase);
   const chains = await ports.foreignNat();
   const silent = guests.kind === 'silent';
   const all = [
+    ...(unfinished === undefined ? [] : [`${unfinished.why}; ${unfinished.fix}`]),
     ...warnings,
     ...(guests.kind === 'absent' ? ['there is no libvirt: every pair becomes a manual mapping'] : []),
     ...(silent ? ['libvirt does not answer: whose the pairs are is not known'] : []),
@@ -121,6 +128,7 @@ export async function analyseHost(
     addresses,
     loaded: table,
     libvirtSilent: silent,
+    phase,
   };
 }
 
@@ -150,8 +158,14 @@ interface InputFile {
 
 function parseFiles(files: readonly InputFile[]): readonly (Parsed & { readonly name: string })[] {
   return files.map(({ name, text }) => {
+    if (text.includes('\0')) {
+      throw new KvmIbError('bad-input', `Cannot import ${name}`, {
+        why: 'it is not a text',
+        fix: 'give the output of `iptables-save`, or the script that sets the rules',
+      });
+    }
     const isSaved = looksSaved(text);
-    const one = isSaved ? parseSaved(text) : parseScript(text);
+    const one = isSaved ? parseSaved(text) : isAddressListing(text) ? parseAddressListing(text) : parseScript(text);
     const rules = [...one.tables.values()]
       .flatMap(({ chains }) => [...chains.values()])
       .some((chain) => chain.rules.length > 0);
@@ -216,7 +230,11 @@ export function analyseFiles(config: Config, files: readonly InputFile[], progre
   );
   const warnings = [
     'files do not say which guests run: every pair is shown as a manual mapping',
-    ...(tellsAddresses ? [] : ['nothing says which addresses are on the links: each pair is taken to have its alias']),
+    ...(tellsAddresses
+      ? []
+      : [
+          'nothing says which addresses are on the links: each pair is taken to have its alias (give `ip -4 address` as well)',
+        ]),
   ];
   return { report: { ...report, warnings }, removed };
 }

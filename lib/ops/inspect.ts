@@ -122,23 +122,25 @@ export function inspect(host: Host): Promise<{ readonly status: Status; readonly
     const outdated = kept.flatMap(({ file }) =>
       file.mappings.flatMap((m) => outdatedOf(host.config, file.owner, m) ?? []),
     );
-    const standstill = standstillOf(host);
+    const standstill = await standstillOf(host);
     const warnings = [
       ...intent.warnings,
       ...(standstill === undefined ? [] : [`${standstill.why}; ${standstill.fix}`]),
     ];
-    const told = drift.map((one) =>
-      standstill !== undefined && one.fix === RECONCILE ? { ...one, fix: standstill.fix } : one,
-    );
+    const told = drift.map((one) => (standstill !== undefined ? { ...one, fix: standstill.fix } : one));
     const found = { ok: drift.length === 0, mappings, drift: told, outdated, warnings };
     return { status: found, table: view.table };
   });
 }
 
 /** Why reconcile does nothing now, and what to type instead; undefined: it works. */
-function standstillOf(host: Host): ReturnType<typeof unfinishedImport> | undefined {
+async function standstillOf(host: Host): Promise<ReturnType<typeof unfinishedImport> | undefined> {
   const phase = host.store.importPhase();
-  return phase === undefined || phase === 'applied' ? undefined : unfinishedImport(phase);
+  if (phase !== undefined) return phase === 'applied' ? undefined : unfinishedImport(phase);
+  if (host.store.readTable() !== undefined) return undefined;
+  const guests = (await host.oldRules?.()) ?? [];
+  if (guests.length === 0) return undefined;
+  return { why: `rules of iptables translate ${guests.length} guests of the configuration`, fix: 'kvm-ib import' };
 }
 
 /** What the configuration would make of this mapping; undefined: the same. */

@@ -111,7 +111,11 @@ function foreignAlias(address: Ipv4, holder: InetAddress): KvmIbError {
 }
 
 /** MTU and ports of one bridge and its IPoIB link; a link that is missing is null, not an error. */
-export async function observeBridge(host: Host, bridge: LinkName, device: LinkName): Promise<ObservedBridge> {
+export async function observeBridge(
+  host: Pick<Host, 'links'>,
+  bridge: LinkName,
+  device: LinkName,
+): Promise<ObservedBridge> {
   const bridgeLink = await host.links.link(bridge);
   const deviceLink = await host.links.link(device);
   const ports =

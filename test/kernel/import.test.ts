@@ -1,6 +1,6 @@
 /** The switch from old iptables rules to our table and back, on a hypervisor of the lab, with the real command. */
 import { spawn } from 'node:child_process';
-import { cpSync, rmSync } from 'node:fs';
+import { cpSync, rmSync, writeFileSync } from 'node:fs';
 import { join } from 'node:path';
 import { afterEach, beforeEach, describe, expect, test } from 'vitest';
 import type { ImportReport } from '../../lib/import/report.ts';
@@ -326,6 +326,63 @@ test("an alias without a pair stays; the host's own address in the range holds t
   expect({ nat: await host.nat(), addresses: await host.addresses() }).toEqual(before);
 });
 
+test('a guest outside the ranges, but on the bridge, counts: our guards would cut it off', async () => {
+  const host = await old({ rules: withForeign(11, 25), addresses: [ALIASES[0] ?? '', `${IB}.25/24 dev ib0`] });
+  const { comparisons, left } = await reportOf(host);
+  expect(left.filter(({ rule }) => rule.includes(`${GUESTS}.25`))).toHaveLength(2);
+  const differing = comparisons.filter(({ same, guest }) => !same && guest === `${GUESTS}.25`);
+  expect(differing.map((one) => one.case)).toEqual(['inbound/fabric', 'outbound/fabric']);
+  const error = await refused(host, 4, 'import', '--apply', '--accept', ACCEPT);
+  expect(error).toContain(`outbound/fabric@${IB}.25`);
+  expect(await refused(host, 2, 'import', '--apply', '--accept', `host@${IB}.77`)).toContain(
+    'no comparison is of that',
+  );
+});
+
+test('bridge and ports are as before after the way back', async () => {
+  await lab.sysctl('h1', 'net.bridge.bridge-nf-call-iptables', 1);
+  await lab.exec('h1', ['/usr/sbin/ip', 'link', 'set', 'virbr1', 'mtu', '1400']);
+  const ports = async (): Promise<string> =>
+    (await lab.exec('h1', ['/usr/sbin/bridge', '-d', 'link', 'show'])).replace(/^.*?(?=hairpin)/gm, '') +
+    (await lab.exec('h1', ['/bin/cat', '/sys/class/net/virbr1/mtu']));
+  const host = await old();
+  const before = await ports();
+  const plan = await done(host, 'import', '--dry-run');
+  for (const line of ['~ mtu       virbr1 1400 -> 65520', '~ hairpin   vnet11 on virbr1 off -> on']) {
+    expect(plan).toContain(`${line}\n`);
+  }
+  await done(host, 'import', '--apply', '--accept', ACCEPT);
+  expect(await ports()).not.toBe(before);
+  await done(host, 'import', '--rollback');
+  expect(await ports()).toBe(before);
+});
+
+test('stopped half-way, every command says how to go on, and nothing else is advised', async () => {
+  const host = await old();
+  // As one that was killed in the middle: it is done but for its end and one alias.
+  await done(host, 'import', '--apply', '--accept', ACCEPT);
+  writeFileSync(join(folder, 'state/import/phase'), 'switching\n');
+  await lab.exec('h1', ['/usr/sbin/ip', 'address', 'delete', `${IB}.11/32`, 'dev', 'ib0']);
+  const { stdout, stderr } = await host.kvmIb('import');
+  expect(stderr).toContain('an import was stopped half-way');
+  expect(stdout).not.toContain('To go over');
+  expect(await refused(host, 4, 'add', '--guest', `${GUESTS}.14`)).toContain('kvm-ib import --resume');
+  const status = JSON.parse((await host.kvmIb('status', '--json')).stdout) as { drift: readonly { fix: string }[] };
+  expect(status.drift.length).toBeGreaterThan(0);
+  for (const { fix } of status.drift) expect(fix).toContain('kvm-ib import --resume');
+  await done(host, 'import', '--resume');
+  expect(await done(host, 'status')).toContain('OK: 3 mappings');
+});
+
+test('a dry run that would be refused is one document, and tells how the command was called', async () => {
+  const host = await old();
+  const { status, stdout } = await host.kvmIb('import', '--apply', '--dry-run', '--json');
+  expect(status).toBe(4);
+  const { refused: error } = JSON.parse(stdout) as { readonly refused: { readonly fix: string } };
+  expect(error.fix).toMatch(/: node \S*kvm-ib\.mjs import --apply --accept inbound\/other-link,/);
+  expect((await host.kvmIb('status')).stdout).toMatch(/kvm-ib import$/m);
+});
+
 test('killed by a signal at any time, then on and back: streams live', { timeout: 240_000 }, async () => {
   const host = await old();
   const before = { nat: await host.nat(), addresses: await host.addresses() };
@@ -365,6 +422,11 @@ test('what cannot be meant is refused, and changes nothing', async () => {
   expect(await refused(host, 2, 'import', '--apply', '--accept', 'everything')).toContain('Cannot accept "everything"');
   expect(await refused(host, 2, 'import', '/etc/hostname')).toContain('neither what iptables-save prints');
   expect(await refused(host, 2, 'import', '/etc')).toContain('it is a directory');
+  expect(await refused(host, 2, 'import', '/nowhere')).toContain('it is not there');
+  expect(await refused(host, 2, 'import', '/bin/true')).toContain('it is not a text');
+  expect(await refused(host, 2, 'import', '--apply', '--accept', 'host', 'loopback')).toContain(
+    '--accept host,loopback',
+  );
   expect(await refused(host, 4, 'import', '--resume')).toContain('there was none');
   expect(await refused(host, 4, 'import', '--rollback')).toContain('there was none');
 });

@@ -6,7 +6,7 @@ import type { Comparison } from '../../lib/import/compare.ts';
 import type { GuestNic, ImportFacts } from '../../lib/import/report.ts';
 import { analyse, parseAcceptance, unaccepted } from '../../lib/import/report.ts';
 import { parseSaved } from '../../lib/iptables/save.ts';
-import { suggestFromFiles } from '../../lib/ops/import.ts';
+import { analyseFiles, suggestFromFiles } from '../../lib/ops/import.ts';
 import { CONFIG, mapping } from '../support/fake-host.ts';
 
 const pair = (n: number, address = 200 + n): string =>
@@ -122,6 +122,22 @@ describe('what is accepted', () => {
       ).toEqual(all);
     else expect(parseAcceptance(text)).toBeUndefined();
   });
+});
+
+test('what `ip -4 address` prints says which addresses there are', () => {
+  const listing = `2: ib0@if3: <BROADCAST,MULTICAST,UP,LOWER_UP> mtu 2044 qdisc noqueue state UP
+    inet 192.168.10.1/24 brd 192.168.10.255 scope global ib0
+       valid_lft forever preferred_lft forever
+    inet 192.168.10.202/24 scope global secondary ib0:2
+       valid_lft forever preferred_lft forever
+`;
+  const files = [
+    { name: 'rules', text: `*nat\n${pair(2)}${pair(3)}COMMIT\n` },
+    { name: 'addresses', text: listing },
+  ];
+  const { report } = analyseFiles(CONFIG, files);
+  expect(report.aliases).toMatchObject([{ address: '192.168.10.202', label: 'ib0:2', guest: '192.168.122.2' }]);
+  expect(report.pairs.map(({ aliases }) => aliases.length)).toEqual([1, 0]);
 });
 
 describe('a first configuration', () => {

@@ -8,6 +8,7 @@ import { temporaryDirectory } from '../support/fake-host.ts';
 import { createLab, type Lab, type Stream } from '../support/lab.ts';
 import { requireOwnNetns } from '../support/netns.ts';
 import {
+  CONFIG,
   createOldHost,
   GUESTS,
   IB,
@@ -381,6 +382,41 @@ test('a dry run that would be refused is one document, and tells how the command
   const { refused: error } = JSON.parse(stdout) as { readonly refused: { readonly fix: string } };
   expect(error.fix).toMatch(/: node \S*kvm-ib\.mjs import --apply --accept inbound\/other-link,/);
   expect((await host.kvmIb('status')).stdout).toMatch(/kvm-ib import$/m);
+});
+
+test('two networks at once, each with its link, its bridge and its ranges', async () => {
+  await lab.close();
+  lab = await createLab({ guests: { h1: [11, 12] }, second: { h1: [11, 12] } });
+  await lab.sysctl('h1', 'net.bridge.bridge-nf-call-iptables', 0);
+  const inSecond = (text: string): string =>
+    text.replaceAll(IB, '192.168.20').replaceAll(GUESTS, '192.168.123').replaceAll('ib0', 'ib1');
+  const second = { ...CONFIG.networks[0], name: 'ib-b', device: 'ib1', bridge: 'virbr2' };
+  const host = await old({
+    rules: [11, 12].flatMap(pairRules).flatMap((rule) => [rule, inSecond(rule)]),
+    addresses: ALIASES.slice(0, 2).flatMap((address) => [address, inSecond(address)]),
+    config: {
+      networks: [
+        ...CONFIG.networks,
+        { ...second, guests: '192.168.123.11-192.168.123.19', addresses: '192.168.20.11-192.168.20.19' },
+      ],
+    },
+  });
+  const before = await host.nat();
+  const { pairs } = await reportOf(host);
+  expect(pairs.map(({ mapping }) => `${mapping.network} ${mapping.guest}`).sort()).toEqual([
+    'ib 192.168.122.11',
+    'ib 192.168.122.12',
+    'ib-b 192.168.123.11',
+    'ib-b 192.168.123.12',
+  ]);
+  await done(host, 'import', '--apply', '--accept', ACCEPT);
+  expect(await host.nat()).toEqual([]);
+  expect(await done(host, 'status')).toContain('OK: 4 mappings');
+  expect(await lab.reachAll('out', '192.168.20.11')).toBe('k11: 192.168.20.100 > 192.168.123.11');
+  expect(await lab.reachAll('g11', `${IB}.12`)).toBe(`g12: ${IB}.11 > ${GUESTS}.12`);
+  await done(host, 'import', '--rollback');
+  expect(await host.nat()).toEqual(before);
+  expect(await lab.reachAll('out', '192.168.20.11')).toBe('k11: 192.168.20.100 > 192.168.123.11');
 });
 
 test('killed by a signal at any time, then on and back: streams live', { timeout: 240_000 }, async () => {

@@ -13,7 +13,8 @@ import type { RuleSource } from './pairs.ts';
 
 /**
  * Kinds of packets, by class and case: what `--accept` names.
- * inbound: from the fabric to the IB address; by another link; from the fabric to the guest address itself.
+ * inbound: from the fabric to the IB address; by another link; from another network of the configuration; from the fabric to
+ * the guest address itself.
  * outbound: from the guest to the fabric; by another link; from guests of the subnet that get no mapping.
  * host: from this host to the IB address; from the guest to the host's address on the link.
  * loopback: from another mapped guest of this host to the IB address; from the guest to its own.
@@ -21,6 +22,7 @@ import type { RuleSource } from './pairs.ts';
 export const CASES = [
   'inbound/fabric',
   'inbound/other-link',
+  'inbound/other-network',
   'inbound/guest-address',
   'outbound/fabric',
   'outbound/other-link',
@@ -158,6 +160,8 @@ export function compare(
         ['loopback/own', { in: scene.bridge, source: guest, destination: address }],
       ];
       for (const [kind, flow] of flows) if (flow !== undefined) add(kind, guest, address, flow);
+      for (const other of scene.others)
+        add('inbound/other-network', guest, address, { ...other, destination: address });
       // Our alias stands for itself, so it is its own source.
       const toGuest = { in: undefined, source: address, destination: address };
       const preferred = facts.preferredSources.get(address);
@@ -221,6 +225,8 @@ interface Scene {
   readonly anybody: Party;
   /** This host, where its address is not known. */
   readonly host: Party;
+  /** The two sides of each other network, and who sends there. */
+  readonly others: readonly { readonly in: PacketLink; readonly source: Party; readonly isolate: boolean }[];
 }
 
 const DROPPED = 'dropped';
@@ -249,6 +255,23 @@ function createScene(facts: NetworkFacts, all: readonly NetworkFacts[]): Scene {
     bridge: { kind: 'named', name: network.bridge },
     elsewhere: { kind: 'other-than', names: links },
     peer: { set: without(fabric, [...ours, surrounding(rangeSpan(network.guests))]), name: 'the other host' },
+    others: all.flatMap((one) => {
+      if (one === facts) return [];
+      const { name, device, bridge, guests, isolate } = one.network;
+      const peers = one.subnets.length > 0 ? one.subnets : [surrounding(rangeSpan(one.network.addresses))];
+      return [
+        {
+          in: { kind: 'named', name: bridge } as const,
+          source: { set: [rangeSpan(guests)], name: `a guest of network ${name}` },
+          isolate,
+        },
+        {
+          in: { kind: 'named', name: device } as const,
+          source: { set: without(peers, ours), name: `a host of network ${name}` },
+          isolate,
+        },
+      ];
+    }),
     host: { set: without([EVERYTHING], [...NEVER, ...ranges]), name: "the host's own address" },
     anybody: { set: without([EVERYTHING], [...NEVER, ...ours, ...subnets]), name: 'the other host' },
   };
@@ -421,8 +444,11 @@ function isGuest(network: Network, party: Party): boolean {
 /** The guards of our table for what is forwarded. @returns true when it is dropped */
 function isGuarded(ours: Ours, scene: Scene, flow: Flow, state: State, out: PacketLink): boolean {
   const { network } = scene.facts;
-  if (!network.isolate) return false;
   const { in: incoming } = flow;
+  // Two networks are routed as the kernel would only if neither is isolated.
+  const other = scene.others.find((one) => one.in === incoming);
+  if (other !== undefined) return network.isolate || other.isolate;
+  if (!network.isolate) return false;
   const mapped = typeof state.source === 'string' && ours.guestToIb.has(state.source);
   const sentToIb = state.dnat && typeof flow.destination === 'string' && ours.ibToGuest.has(flow.destination);
   if (incoming === scene.bridge && out === scene.device) return !mapped;

@@ -402,14 +402,25 @@ test('two networks at once, each with its link, its bridge and its ranges', asyn
     },
   });
   const before = await host.nat();
-  const { pairs } = await reportOf(host);
+  const { pairs, comparisons } = await reportOf(host);
   expect(pairs.map(({ mapping }) => `${mapping.network} ${mapping.guest}`).sort()).toEqual([
     'ib 192.168.122.11',
     'ib 192.168.122.12',
     'ib-b 192.168.123.11',
     'ib-b 192.168.123.12',
   ]);
-  await done(host, 'import', '--apply', '--accept', ACCEPT);
+  // Before, the host routed from one network to the other; a guest's own source came along.
+  const apart = [
+    ['k11', `${IB}.11`, `g11: 192.168.123.11 > ${GUESTS}.11`],
+    ['g11', '192.168.20.11', `k11: ${GUESTS}.11 > 192.168.123.11`],
+  ] as const;
+  for (const [from, to, seen] of apart) expect(await lab.reachAll(from, to)).toBe(seen);
+  const mixed = comparisons.filter((one) => one.case === 'inbound/other-network');
+  expect(mixed).toHaveLength(8);
+  for (const one of mixed) expect([one.same, one.new]).toEqual([false, 'dropped']);
+  expect(mixed[0]?.old).toBe(`reaches ${mixed[0]?.guest} from a guest of network ib-b`);
+  await done(host, 'import', '--apply', '--accept', `${ACCEPT},inbound/other-network`);
+  for (const [from, to] of apart) expect(await lab.reachAll(from, to, { timeout: 300 })).toBe('timeout');
   expect(await host.nat()).toEqual([]);
   expect(await done(host, 'status')).toContain('OK: 4 mappings');
   expect(await lab.reachAll('out', '192.168.20.11')).toBe('k11: 192.168.20.100 > 192.168.123.11');

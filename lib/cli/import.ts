@@ -128,7 +128,8 @@ async function run(shell: Shell, files: readonly string[], options: ImportOption
       const analysis = await analyseHost(host, ports, (done, all) => progress.step('compare', done, all));
       progress.end();
       const plan = await switchPlan(host, analysis);
-      const refused = options.apply ? refusalOf(analysis.report, accepted, command) : undefined;
+      const due = options.apply && analysis.report.pairs.length > 0;
+      const refused = due ? refusalOf(analysis.report, accepted, command) : undefined;
       if (options.json) {
         // One document: what is refused is part of it.
         shell.json({

@@ -68,7 +68,8 @@ export async function switchPlan(
   host: Pick<Host, 'config' | 'links'>,
   analysis: HostAnalysis,
 ): Promise<readonly string[]> {
-  const { journal, empty } = journalOf(analysis, '', null);
+  const journal = journalOf(analysis, '', null);
+  const empty = journal.mappings.length === 0;
   const settings = empty ? [] : await bridgeChanges(host);
   const coming = journal.mappings.filter(({ mapped }) => !mapped);
   return [
@@ -129,6 +130,12 @@ export function importApply(host: Host, ports: ImportHost, options: SwitchOption
     const analysis = await analyseHost(host, options.manual ? withoutGuests(ports) : ports, (done, all) =>
       options.onStep?.('compare', done, all),
     );
+    const none = { report: analysis.report, rules: 0, addresses: 0, mappings: 0, reconciled: undefined };
+    if (analysis.report.pairs.length === 0) {
+      // Somebody took the old rules out himself: nothing keeps the table from coming any more.
+      if (before?.phase === 'rolled-back') ports.journal.remove();
+      return { ...none, warnings: analysis.report.warnings };
+    }
     refuseUnaccepted(analysis.report.comparisons, options.accepted, options.command);
     if (analysis.libvirtSilent && !options.manual) {
       throw new KvmIbError('conflict', 'Cannot import', {
@@ -137,14 +144,8 @@ export function importApply(host: Host, ports: ImportHost, options: SwitchOption
       });
     }
     const earlier = before?.phase === 'applied' ? before.journal.started : null;
-    const { journal: planned, empty } = journalOf(analysis, host.now(), earlier);
-    const journal = { ...planned, settings: empty ? [] : settingsOf(await bridgeChanges(host)) };
-    const none = { report: analysis.report, rules: 0, addresses: 0, mappings: 0, reconciled: undefined };
-    if (empty) {
-      // Somebody took the old rules out himself: nothing keeps the table from coming any more.
-      if (before?.phase === 'rolled-back') ports.journal.remove();
-      return { ...none, warnings: analysis.report.warnings };
-    }
+    const planned = journalOf(analysis, host.now(), earlier);
+    const journal = { ...planned, settings: settingsOf(await bridgeChanges(host)) };
     await refuseMissingLinks(
       host,
       journal.mappings.map(({ mapping }) => mapping),
@@ -263,11 +264,7 @@ export function refuseUnaccepted(
   });
 }
 
-function journalOf(
-  analysis: HostAnalysis,
-  started: string,
-  earlier: string | null,
-): { readonly journal: Journal; readonly empty: boolean } {
+function journalOf(analysis: HostAnalysis, started: string, earlier: string | null): Journal {
   const { report, removed, sources } = analysis;
   const mappings = report.pairs.map(({ owner, mapping, mapped }): JournalMapping => ({ owner, mapping, mapped }));
   const guests = new Map(removed.map(({ rule, guest }) => [rule, guest]));
@@ -286,7 +283,7 @@ function journalOf(
     return [{ variant: source.variant, before, removed: gone }];
   });
   const addresses = report.pairs.flatMap((pair) => pair.aliases);
-  const journal: Journal = {
+  return {
     version: JOURNAL_VERSION,
     started,
     earlier,
@@ -297,7 +294,6 @@ function journalOf(
     settings: [],
     promoting: promotingLinks(addresses, analysis.addresses),
   };
-  return { journal, empty: mappings.length === 0 };
 }
 
 /**

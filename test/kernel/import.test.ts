@@ -463,6 +463,13 @@ test('guests that old rules serve are named by config check; the dry run shows e
   }
 });
 
+test('where there is no pair there is nothing to import, whatever differs', async () => {
+  const host = await old({ rules: pairRules(11).slice(1), addresses: [] });
+  for (const more of [['--dry-run'], []]) await done(host, 'import', '--apply', ...more);
+  expect(await done(host, 'import', '--apply')).toContain('Nothing to import');
+  expect(await lab.nft('h1').listTable('ip', 'kvm_ib')).toBeUndefined();
+});
+
 test('what cannot be meant is refused, and changes nothing', async () => {
   const host = await old();
   expect(await refused(host, 2, 'import', '--apply', '/etc/hostname')).toContain('Cannot use --apply with files');

@@ -1,5 +1,5 @@
 /** What an import needs of this host besides the rest: iptables, addresses of any kind, guests, the journal. */
-import { readdirSync, readFileSync } from 'node:fs';
+import { readdirSync, readFileSync, readlinkSync } from 'node:fs';
 import { join } from 'node:path';
 import type { Ipv4, Mac } from '../core/address.ts';
 import { tryParseIpv4, tryParseMac } from '../core/address.ts';
@@ -42,13 +42,15 @@ function readNeighbours(): ReadonlyMap<Ipv4, ReadonlySet<Mac>> {
   return found;
 }
 
-/** Whether any QEMU runs on this machine. */
+/** Whether any QEMU runs in this network namespace: its taps are on bridges of this host. */
 function runsGuests(): boolean {
+  const own = readlinkSync('/proc/self/ns/net');
   return readdirSync('/proc')
     .filter((name) => /^[0-9]+$/.test(name))
     .some((pid) => {
       try {
-        return /^(?:qemu|kvm)/.test(readFileSync(`/proc/${pid}/comm`, 'latin1'));
+        const isQemu = /^(?:qemu|kvm)/.test(readFileSync(`/proc/${pid}/comm`, 'latin1'));
+        return isQemu && readlinkSync(`/proc/${pid}/ns/net`) === own;
       } catch {
         return false;
       }

@@ -188,7 +188,7 @@ test('what others put into the chains meanwhile stays where it is, over and back
 test('libvirt that is silent while guests run: nothing is taken for a manual mapping unless told so', async () => {
   const guest = join(folder, 'qemu-kvm');
   cpSync('/bin/sleep', guest);
-  const qemu = spawn(guest, ['60'], { stdio: 'ignore' });
+  const qemu = spawn('/usr/sbin/ip', ['netns', 'exec', 'h1', guest, '60'], { stdio: 'ignore' });
   try {
     const host = await old({ libvirt: false });
     const before = await host.nat();

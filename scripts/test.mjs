@@ -3,7 +3,7 @@
 import { spawn } from 'node:child_process';
 import { mkdtempSync, readdirSync, readFileSync, rmSync } from 'node:fs';
 import { tmpdir } from 'node:os';
-import { join } from 'node:path';
+import { join, relative } from 'node:path';
 import {
   buildIfStale,
   environment,
@@ -35,6 +35,7 @@ buildIfStale();
 const reports = mkdtempSync(join(tmpdir(), 'kvm-ib-test-'));
 let passed = 0;
 let failed = 0;
+const failures = [];
 let skipped = 0;
 
 /** Minutes after which a run has hung. */
@@ -90,7 +91,12 @@ async function vitest(project, { prefix = [], file = undefined, quietly = false 
 
 function readCounts(report) {
   try {
-    const { numPassedTests, numFailedTests, numPendingTests } = JSON.parse(readFileSync(report, 'utf8'));
+    const { numPassedTests, numFailedTests, numPendingTests, testResults } = JSON.parse(readFileSync(report, 'utf8'));
+    for (const { name, assertionResults } of testResults) {
+      for (const { status, fullName } of assertionResults) {
+        if (status === 'failed') failures.push(`${relative(root, name)}: ${fullName}`);
+      }
+    }
     return { passed: numPassedTests, failed: numFailedTests, skipped: numPendingTests };
   } catch {
     return { passed: 0, failed: 1, skipped: 0 };
@@ -120,5 +126,7 @@ rmSync(reports, { recursive: true, force: true });
 for (const what of leftOut) {
   console.log(`left out: ${what}: ${isRoot ? `missing: ${missing.join(' ')}` : 'needs root: sudo npm test'}`);
 }
+// Their output may be thousands of lines above.
+for (const failure of failures) console.log(`failed: ${failure}`);
 console.log(`\n${passed} passed, ${failed} failed, ${skipped} skipped`);
 process.exit(failed === 0 ? 0 : 1);

@@ -20,13 +20,12 @@ import {
   openTarget,
   runSteps,
 } from '../host/installer.ts';
-import { createIptables } from '../host/iptables.ts';
+import { createIptables, guestsUnderOldRules } from '../host/iptables.ts';
 import { DEFAULT_RUN_DIR, DEFAULT_STATE_DIR, FIXED_PATHS } from '../host/paths.ts';
 import { createStore } from '../host/store.ts';
 import { createHost, requireRights } from '../host/this-host.ts';
 import { parseNetwork, subnetOf } from '../libvirt/network.ts';
 import { DRIVER, otherNames, parseOneVersion } from '../opennebula/registration.ts';
-import { guestsUnderOldRules } from '../ops/import.ts';
 import type { Item, Note, Operation, Sign, Step } from '../ops/install.ts';
 import { isChange, octal, planInstall, planUninstall } from '../ops/install.ts';
 import type { FrontEndFacts } from '../ops/install-front-end.ts';

@@ -3,9 +3,13 @@
  * Which is which is asked of the programs, never taken from a name that a distribution may point elsewhere.
  */
 import { existsSync, readFileSync } from 'node:fs';
+import type { Ipv4 } from '../core/address.ts';
 import { KvmIbError, printable } from '../core/errors.ts';
 import type { Exec } from '../core/exec.ts';
+import type { Config } from '../core/mapping.ts';
+import { translatedGuests } from '../import/report.ts';
 import type { Iptables, SavedRules } from '../iptables/port.ts';
+import { parseSaved } from '../iptables/save.ts';
 import type { Variant } from '../iptables/table.ts';
 
 const FOLDERS = ['/usr/sbin', '/sbin'];
@@ -94,4 +98,16 @@ export function legacyTables(): readonly string[] {
     // The kernel has no such part.
     return [];
   }
+}
+
+/**
+ * Guests of this host that rules of iptables translate still. Where the table of kvm-ib is not loaded yet, it would cut
+ * them off.
+ */
+export async function guestsUnderOldRules(config: Config, iptables: Iptables): Promise<readonly Ipv4[]> {
+  const { saved } = await iptables.save();
+  return translatedGuests(
+    config,
+    saved.map(({ variant, text }) => ({ variant, name: variant, tables: parseSaved(text).tables })),
+  );
 }

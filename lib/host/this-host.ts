@@ -2,8 +2,6 @@
 import { readFileSync } from 'node:fs';
 import { KvmIbError } from '../core/errors.ts';
 import type { Config } from '../core/mapping.ts';
-import { translatedGuests } from '../import/report.ts';
-import { parseSaved } from '../iptables/save.ts';
 import { createNftEngine } from '../nat/nft.ts';
 import { createNft } from '../nftables-json/index.ts';
 import type { Host } from '../ops/host.ts';
@@ -12,7 +10,7 @@ import { readConfig } from './config-file.ts';
 import { createConntrack } from './conntrack.ts';
 import { createDomains } from './domains.ts';
 import { exec } from './exec.ts';
-import { createIptables } from './iptables.ts';
+import { createIptables, guestsUnderOldRules } from './iptables.ts';
 import { createLinks } from './links.ts';
 import { withLock } from './lock.ts';
 import { createElementReader } from './nf-tables-read.ts';
@@ -48,16 +46,8 @@ export async function createHost(
     processes: { isAlive, bootId },
     withLock: (who, act) => withLock(store.lockPath, { timeoutMs: paths.lockTimeoutMs ?? LOCK_TIMEOUT_MS, who }, act),
     now: () => new Date().toISOString(),
-    oldRules: async () => {
-      try {
-        const { saved } = await createIptables(exec).save();
-        const sources = saved.map(({ variant, text }) => ({ variant, name: variant, tables: parseSaved(text).tables }));
-        return translatedGuests(config, sources);
-      } catch {
-        // A program that is missing or broken is no old rule; import itself says what is wrong with it.
-        return [];
-      }
-    },
+    // A program that is missing or broken is no old rule; import itself says what is wrong with it.
+    oldRules: () => guestsUnderOldRules(config, createIptables(exec)).catch(() => []),
   };
 }
 

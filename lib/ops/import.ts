@@ -8,7 +8,7 @@ import type { Journal } from '../import/journal.ts';
 import type { RuleSource } from '../import/pairs.ts';
 import type { JournalPhase } from '../import/phase.ts';
 import type { Analysis, GuestNic } from '../import/report.ts';
-import { analyse, translatedGuests } from '../import/report.ts';
+import { analyse } from '../import/report.ts';
 import { suggestConfig } from '../import/suggest.ts';
 import { isAddressListing, parseAddressListing } from '../iptables/address-listing.ts';
 import type { Iptables, SavedRules } from '../iptables/port.ts';
@@ -130,18 +130,6 @@ export async function analyseHost(
     libvirtSilent: silent,
     phase,
   };
-}
-
-/**
- * Guests of this host that rules of iptables translate still. Where the table of kvm-ib is not loaded yet, it would cut
- * them off.
- */
-export async function guestsUnderOldRules(config: Config, iptables: Iptables): Promise<readonly Ipv4[]> {
-  const { saved } = await iptables.save();
-  return translatedGuests(
-    config,
-    saved.map(({ variant, text }) => ({ variant, name: variant, tables: parseSaved(text).tables })),
-  );
 }
 
 function hasNatRules({ tables }: RuleSource): boolean {

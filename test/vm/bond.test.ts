@@ -200,7 +200,13 @@ echo '${JSON.stringify({ ...request, nics: [nic] }).slice(0, -1)},"holder":{"pid
 sleep 0.5
 (for n in $(seq 1 30); do echo $n; sleep 0.2; done) | ip netns exec fabric busybox nc ${ADDRESS} 7000 &
 sleep 1`);
-    const frames = await announced(ADDRESS, ['fa', 'fb'], 'ip link set iba down; sleep 1');
+    // The kernel holds the announcement back while the slaves' link events are pending: that can take seconds.
+    const frames = await announced(
+      ADDRESS,
+      ['fa', 'fb'],
+      `ip link set iba down
+for n in $(seq 1 100); do grep -q 'who-has ${ADDRESS} ' /tmp/arp.fb && break; sleep 0.1; done`,
+    );
     expect(await activeSlave()).toBe('ibb');
     expect(await machine.run('cat /sys/class/net/bond0/address')).toBe(`${MAC.ibb}\n`);
     // The bonding driver tells of all addresses of the bond, aliases too (num_grat_arp, 1 by default): requests only.

@@ -117,6 +117,8 @@ const fails = (of: Step): Step => behaving(of, 'echo "ERROR: no" >&2; echo no >&
 /** It has done its work, and fails. */
 const failsLate = (of: Step): Step =>
   behaving(of, (host) => `${livelyStock(host.libvirt)}exit 255\n`, 'fails at its end', false);
+/** The driver is killed before it does anything. */
+const diesEarly = (of: Step): Step => behaving(of, 'kill -9 $PPID\n', 'dies at its beginning', false);
 /** It has done its work, and the driver is killed before it hears of it. */
 const diesLate = (of: Step): Step =>
   behaving(of, (host) => `${livelyStock(host.libvirt)}kill -9 $PPID\n`, 'dies at its end', false);
@@ -360,6 +362,26 @@ movesOf('what comes late, or twice', [
 ]);
 
 movesOf('what reaches no driver action', [
+  ['recover --delete in PROLOG_MIGRATE: nothing is called', () => [save(h1)], { owner: undefined }],
+  [
+    'recover --delete in BOOT, without a DEPLOY_ID: nothing is called; the driver had died before the domain began',
+    () => [shutdown(h1), diesEarly(deploy(h2)), reconcile(h2)],
+    { owner: undefined },
+  ],
+  [
+    'the same, but the domain began: it keeps the address until somebody ends it, and the next VM is refused',
+    () => [
+      shutdown(h1),
+      diesLate(deploy(h2)),
+      refused(deploy(h1, { vm: HEIR }), heldBy(h2)),
+      reconcile(h2),
+      refused(deploy(h1, { vm: HEIR }), heldBy(h2)),
+      guestEnds(h2),
+      reconcile(h2),
+      deploy(h1, { vm: HEIR }),
+    ],
+    { owner: 'h1', vm: HEIR },
+  ],
   ['the guest powers itself off, terminate', () => [guestEnds(h1), reconcile(h1)], { owner: undefined }],
   [
     'the guest powers itself off, migrate and resume: refused there until reconcile here',
@@ -370,6 +392,24 @@ movesOf('what reaches no driver action', [
 ]);
 
 movesOf('a host that was lost', [
+  [
+    'comes back after a boot and starts the domain by itself, and nobody else has the address',
+    () => [powerOff(h1), powerOn(h1), starts(h1), reconcile(h1)],
+    { owner: h1 },
+  ],
+  [
+    'is cut off from the front-end only, the guest is gone, libvirt is silent: refused until it answers',
+    () => [
+      guestEnds(h1),
+      libvirt(h1, false),
+      reconcile(h1),
+      refused(deploy(h2), heldBy(h1)),
+      libvirt(h1, true),
+      reconcile(h1),
+      deploy(h2),
+    ],
+    { owner: h2 },
+  ],
   ['without power, never to come back', () => [powerOff(h1), deploy(h2)], { owner: h2 }],
   [
     'without power, its lease goes to another VM',

@@ -6,7 +6,7 @@
  */
 import { networkOfBridge } from '../core/config.ts';
 import { KvmIbError, printable } from '../core/errors.ts';
-import type { Config, Mapping } from '../core/mapping.ts';
+import type { Config, Mapping, Network } from '../core/mapping.ts';
 import { domainName } from '../core/mapping.ts';
 import type { StateFile } from '../core/state.ts';
 import type { Nic, Vm } from './action-data.ts';
@@ -74,7 +74,7 @@ export function wishWithoutData(config: Config, call: OwnCall, held: Held | unde
   const { vmId, action, args } = call;
   const mappings = held?.mappings ?? [];
   const mac = (args['mac'] ?? '').toLowerCase();
-  const network = action === 'attach_nic' ? networkOfBridge(config, args['bridge'] ?? '') : undefined;
+  const network = action === 'attach_nic' ? networkNamedBy(config, call) : undefined;
   if (network === undefined) {
     if (held === undefined) return undefined;
     return keeping(mappings.filter((m) => action !== 'detach_nic' || m.mac !== mac));
@@ -101,6 +101,20 @@ export function correctedAddresses(held: Held | undefined, wish: Pick<ActionWish
     return [
       `NIC ${mapping.nic} of VM ${mapping.vm} had ${old.address}, since this OpenNebula does not tell its ${by} at deploy; it gets ${mapping.address} now. To have it from the start: VN_MAD kvm-ib (docs/install.md)`,
     ];
+  });
+}
+
+/**
+ * The network whose bridge an attach_nic names.
+ * @throws KvmIbError `usage` where the bridge stands in another place than its own: an empty argument vanished before it
+ */
+function networkNamedBy(config: Config, { vmId, action, args }: OwnCall): Network | undefined {
+  const words = Object.values(args);
+  const network = config.networks.find(({ bridge }) => words.includes(bridge));
+  if (network === undefined || args['bridge'] === network.bridge) return network;
+  throw new KvmIbError('usage', `Cannot run ${action} for VM ${vmId}`, {
+    why: `the bridge ${network.bridge} is not its third argument, so an empty one is missing before it`,
+    fix: `look at the deploy id of the VM: onevm show -x ${vmId}`,
   });
 }
 

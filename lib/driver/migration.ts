@@ -17,6 +17,8 @@ const VIRSH = '/usr/bin/virsh';
 /** Longer than any migration that still makes progress. */
 const DEADLINE_MS = millisecondsFrom(process.env['KVM_IB_MIGRATE_DEADLINE_MS']) ?? 24 * 3_600_000;
 
+const ABORT_MS = 1000;
+
 type Arrival = Omit<Parameters<Engine['arrive']>[0], 'when'>;
 
 /** Runs the stock script between an engine's answer and the verdict. */
@@ -73,9 +75,12 @@ async function moving(
   stock: () => Promise<Ending>,
 ): Promise<Ending> {
   let isOver = false;
+  let aborting: NodeJS.Timeout | undefined;
   const abort = (why: string): void => {
-    if (isOver) return;
+    if (isOver || aborting !== undefined) return;
     say(logText({ level: 'error', text: `${why}: the migration of VM ${arrival.vm} is aborted` }));
+    // Again and again, since the stock script may not have come to it yet.
+    aborting = setInterval(() => abortJob(arrival.vm), ABORT_MS);
     abortJob(arrival.vm);
   };
   const deadline = setTimeout(() => abort(`it did not end within ${DEADLINE_MS} ms`), DEADLINE_MS);
@@ -99,6 +104,7 @@ async function moving(
   } finally {
     isOver = true;
     clearTimeout(deadline);
+    clearInterval(aborting);
   }
   const isDone = succeeded(ending);
   let isThere = true;
@@ -132,7 +138,8 @@ async function arriveLate(destination: string, arrival: Arrival): Promise<readon
 /** Ends the migration that libvirt is at, so that the stock script fails. When it is past that point, it goes on. */
 function abortJob(vm: number): void {
   const child = spawn(VIRSH, ['--connect', 'qemu:///system', 'domjobabort', domainName(vm)], { stdio: 'ignore' });
-  child.on('error', (cause) => complain(cause, 'It goes on'));
+  // Without virsh there is no migration either.
+  child.on('error', () => undefined);
 }
 
 function noteOf(host: string, warnings: readonly string[]): void {

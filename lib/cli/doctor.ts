@@ -66,8 +66,8 @@ async function doctor(shell: Shell, options: DoctorOptions): Promise<void> {
   shell.useJson(options.json ?? false);
   const target = openTarget('/', FRONT_END_USER);
   const file = options.config ?? pathsFrom(process.env).config;
-  const frontEnd = target.exists(REMOTES) && target.exists(ONED_CONF);
-  const host = target.exists(ENGINE);
+  const frontEnd = isThere(target, REMOTES) && isThere(target, ONED_CONF);
+  const host = isThere(target, ENGINE);
   if (!frontEnd && !host) {
     throw new KvmIbError('host-lacks', 'Cannot examine this machine', {
       why: `it is no front-end (no ${REMOTES} and ${ONED_CONF}), and kvm-ib is not installed on it (no ${ENGINE})`,
@@ -127,8 +127,8 @@ async function hostFacts(target: Target, file: string): Promise<Parameters<typeo
   return {
     config: config instanceof KvmIbError ? config : await attemptLater(() => configFindings(config)),
     firewalls: await firewalls(config, root),
-    node: target.exists('/usr/bin/node') || target.exists('/usr/local/bin/node'),
-    dropIn: target.exists('/etc/sudoers.d/kvm-ib'),
+    node: isThere(target, '/usr/bin/node') || isThere(target, '/usr/local/bin/node'),
+    dropIn: isThere(target, '/etc/sudoers.d/kvm-ib'),
     sudo: hasUser ? await startEngine(root) : noUser,
     tree: hasUser ? hostTree(target) : noUser,
     nics: attempt(() => mappedNics(target)),
@@ -170,7 +170,7 @@ function hostTree(target: Target): HostTree {
   const there = target.readText(`${HOST_REMOTES}/vmm/${DRIVER}/parser.mjs`);
   const here = target.readText(`${LIBRARY}/parser.mjs`);
   return {
-    missing: wanted.filter((path) => !target.exists(`${HOST_REMOTES}/${path}`)),
+    missing: wanted.filter((path) => !isThere(target, `${HOST_REMOTES}/${path}`)),
     sameVersion: there === null || here === null ? null : there === here,
   };
 }
@@ -190,6 +190,15 @@ function mappedNics(target: Target): readonly OneNetwork[] {
       return nics instanceof KvmIbError ? [] : nics;
     });
   });
+}
+
+/** Where another user may not even look, it counts as there: what cannot be seen must not read as missing. */
+function isThere(target: Target, path: string): boolean {
+  try {
+    return target.exists(path);
+  } catch {
+    return true;
+  }
 }
 
 function directoriesIn(path: string): readonly string[] {

@@ -214,7 +214,9 @@ export function frontEndNotes(
   if (name === STOCK && facts.edits.size > 0) {
     step(
       'Have kvm-ib on every host of the driver "kvm" before the restart: without it each deploy there fails, of any VM',
-      'kvm-ib install host        # on each of them; `kvm-ib doctor` on this machine names those that lack it',
+      `${one('onehost sync --force')}     # the probe, by which a host reports kvm-ib within ten minutes`,
+      'kvm-ib install host                              # on each of them',
+      'kvm-ib doctor                                    # here: names those that have not reported it',
     );
   }
   const restart = unknown || outdated.length > 0 || facts.edits.size > 0;
@@ -224,7 +226,9 @@ export function frontEndNotes(
     one('onehost sync --force'),
   );
   step(
-    'Create each host, in a cluster of its own: at a migration OpenNebula uses the driver of the destination',
+    name === STOCK
+      ? 'Create each host'
+      : 'Create each host, in a cluster of its own: at a migration OpenNebula uses the driver of the destination',
     `${one('onecluster create CLUSTER')}                     # unless it is there`,
     `${one('onecluster adddatastore CLUSTER DATASTORE')}     # the image and system datastores of its VMs`,
     one(`onehost create HOST -i kvm -v ${name} -c CLUSTER`),

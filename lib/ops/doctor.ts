@@ -236,7 +236,7 @@ function clusters(hosts: readonly OneHost[], sections: readonly VmMad[]): Examin
         code: 'conflict',
         what: `host ${quoted(host.name)} has the driver ${quoted(host.driver)}, beside ${counted(ours.length, 'host')} of kvm-ib in ${clusterPhrase(host)}`,
         why: `a VM that is migrated there from ${quoted(first.name)} leaves its IB address behind without a word, and one deployed there gets none`,
-        fix: `into another cluster: onecluster addhost CLUSTER ${word(host)}; or kvm-ib on it too: kvm-ib install host there, then here ${renameCommand(host, first.driver)}`,
+        fix: `as oneadmin, into another cluster: onecluster addhost CLUSTER ${word(host)}; or kvm-ib on it too: kvm-ib install host there, then here, as oneadmin: ${renameCommand(host, first.driver)}`,
       });
     }
   }
@@ -247,7 +247,7 @@ function clusters(hosts: readonly OneHost[], sections: readonly VmMad[]): Examin
       code: 'host-lacks',
       what: `host ${quoted(host.name)} has the driver ${quoted(host.driver)}, which oned.conf does not have`,
       why: 'every action on its VMs fails',
-      fix: `kvm-ib install front-end --driver-name kvm-ib; or ${renameCommand(host, STOCK)}`,
+      fix: `kvm-ib install front-end --driver-name kvm-ib; or as oneadmin: ${renameCommand(host, STOCK)}`,
     });
   }
   const own = hosts.filter(isOurs).length;
@@ -338,7 +338,7 @@ function virtualNetworks({ networks, bridges, networkDefaults }: FrontEndDiagnos
       code: 'conflict',
       what: `virtual network ${quoted(network.name)} has VN_MAD ${quoted(network.driver ?? '')} on ${network.bridge}`,
       why: 'that driver deletes the bridge when the last guest of a host goes, and with it the network of libvirt',
-      fix: `echo 'VN_MAD = "dummy"' > /tmp/vn_mad && onevnet update ${network.id ?? 'ID'} /tmp/vn_mad --append (NICs of VMs keep the old one until they are instantiated anew)`,
+      fix: `as oneadmin: echo 'VN_MAD = "dummy"' > /var/lib/one/vn_mad && onevnet update ${network.id ?? 'ID'} /var/lib/one/vn_mad --append (NICs of VMs keep the old one until they are instantiated anew)`,
     };
   });
   const on = networks.filter(({ bridge }) => bridge !== null && bridges.includes(bridge)).length;
@@ -465,7 +465,7 @@ function nicDrivers({ nics, bridges, networkDefaults }: HostDiagnosisFacts): Exa
         code: 'conflict',
         what: `a running VM has a NIC of ${quoted(nic.name)} with VN_MAD ${quoted(nic.driver ?? '')} on ${nic.bridge}`,
         why: 'OpenNebula deletes that bridge when the last guest of this host goes, and with it the network of libvirt',
-        fix: `VN_MAD = "dummy" for that virtual network, on the front-end: onevnet update; until then "keep_empty_bridge: true" in OpenNebulaNetwork.conf`,
+        fix: 'on the front-end: kvm-ib doctor there says how to change the virtual network, for VMs to come; for this one set :keep_empty_bridge: true in /var/lib/one/remotes/etc/vnm/OpenNebulaNetwork.conf, then onehost sync --force as oneadmin',
       },
     ];
   });
@@ -500,5 +500,5 @@ function clusterPhrase(host: OneHost): string {
 
 /** `onehost update` changes VM_MAD since 4.14; what runs on the host follows at its next deploy or migration. */
 function renameCommand(host: OneHost, driver: string): string {
-  return `echo 'VM_MAD = "${printable(driver, 64)}"' > /tmp/vm_mad && onehost update ${word(host)} /tmp/vm_mad --append`;
+  return `echo 'VM_MAD = "${printable(driver, 64)}"' > /var/lib/one/vm_mad && onehost update ${word(host)} /var/lib/one/vm_mad --append`;
 }

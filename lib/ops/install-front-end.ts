@@ -92,8 +92,10 @@ export function frontEndRemovals(
 
 /** What can be written to a directory for `onevnet create` and `onehook create`, by name of the file. */
 export function templateFiles(facts: FrontEndFacts): readonly { readonly name: string; readonly text: string }[] {
+  const asKvm = otherNames(facts.onedConf).includes(STOCK) && !isRegistered(facts.onedConf);
   return [
-    { name: 'vm_mad.conf', text: vmMadText(facts) },
+    // Where `kvm` runs our folder a section more would be a second name that nobody asked for.
+    ...(asKvm ? [] : [{ name: 'vm_mad.conf', text: vmMadText(facts) }]),
     ...facts.networks.flatMap(({ network, options }) => [
       { name: `${network.name}-guests.net`, text: guestNetworkTemplate(network, options) },
       { name: `${network.name}-addresses.net`, text: addressNetworkTemplate(network) },
@@ -236,8 +238,8 @@ export function frontEndNotes(
       ? ['# A host that has the driver "kvm" already stays as it is.']
       : [
           '# Of a host that is there already; its VMs follow when they are deployed or migrated the next time:',
-          `echo 'VM_MAD = "${name}"' > /tmp/vm_mad`,
-          one('onehost update HOST /tmp/vm_mad --append'),
+          `echo 'VM_MAD = "${name}"' > /var/lib/one/vm_mad`,
+          one('onehost update HOST /var/lib/one/vm_mad --append'),
           one('onecluster addhost CLUSTER HOST'),
         ]),
   );

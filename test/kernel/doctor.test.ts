@@ -179,7 +179,9 @@ describe('on a front-end', () => {
     expect(of('mixed')).toMatch(
       /^error: {3}host "one08" has the driver "kvm", beside 1 host of kvm-ib in cluster "c100"/m,
     );
-    expect(of('mixed')).toMatch(/fix: into another cluster: onecluster addhost CLUSTER one08; .*onehost update one08/);
+    expect(of('mixed')).toMatch(
+      /fix: as oneadmin, into another cluster: onecluster addhost CLUSTER one08; .*onehost update one08/,
+    );
     expect(of('mixed')).toMatch(/\nErrors: 1, warnings: 0\.\n/);
     const { findings, hosts, ok } = json('mixed-json');
     expect([ok, findings.length, hosts.length]).toEqual([false, 1, 4]);

@@ -525,6 +525,8 @@ describe('on a front-end, below another root', () => {
       const told = first.notes.map(({ title, text }) => `${title}\n${text}`).join('\n');
       expect(told).toMatch(/Have kvm-ib on every host of the driver "kvm" before the restart/);
       expect(told).toContain('onehost create HOST -i kvm -v kvm -c CLUSTER');
+      await report(['install', 'front-end', '--templates', at('/templates')]);
+      expect(readdirSync(at('/templates'))).not.toContain('vm_mad.conf');
       const second = await report(['install', 'front-end', '--driver-name', 'kvm-ib']);
       expect(second.notes.map(({ text }) => text).join()).toContain('uninstall front-end --driver-name kvm');
       expect(texts()[0]).toMatch(/0 kvm-ib -p[\s\S]*"kvm-ib"/);

@@ -1,5 +1,6 @@
 /** What `kvm-ib doctor` says of a front-end and of a host, and that it says nothing where all is well. */
 import { describe, expect, test } from 'vitest';
+import { renderDiagnosis } from '../../lib/cli/render.ts';
 import { KvmIbError } from '../../lib/core/errors.ts';
 import type { OneHost, OneNetwork } from '../../lib/opennebula/pools.ts';
 import { parseOneVersion, vmMadSection } from '../../lib/opennebula/registration.ts';
@@ -77,7 +78,7 @@ describe('a front-end', () => {
     expect(findings[0]).toMatch(/^error: host "one07" has the driver "kvm", beside 1 host of kvm-ib in cluster "ib"/);
     expect(findings[0]).toContain('onecluster addhost CLUSTER one07');
     expect(findings[0]).toContain(
-      `echo 'VM_MAD = "kvm-ib"' > /tmp/vm_mad && onehost update one07 /tmp/vm_mad --append`,
+      `echo 'VM_MAD = "kvm-ib"' > /var/lib/one/vm_mad && onehost update one07 /var/lib/one/vm_mad --append`,
     );
     expect(findings[1]).toContain('host "one08" has the driver "qemu"');
     const result = diagnoseFrontEnd({ ...HEALTHY, hosts });
@@ -254,6 +255,17 @@ describe('a host', () => {
       ['other firewalls', 'driver files', 'sudo'].map((name) => [name, 'not looked at: this needs root']),
     );
   });
+});
+
+test('is coloured by result on a terminal only, and a finding says the same as in JSON', () => {
+  const broken = diagnoseFrontEnd({ ...HEALTHY, onedConf: STOCK, hosts: [] });
+  const plain = renderDiagnosis(broken, false);
+  expect(plain).not.toContain('\u001b');
+  expect(plain).toMatch(/^front-end +driver +error +none$/m);
+  const coloured = renderDiagnosis(broken, true);
+  expect(coloured).toContain('\u001b[31mfront-end  driver ');
+  expect(coloured).toContain('\u001b[32mfront-end  virtual networks');
+  for (const { what, why, fix } of broken.findings) expect(plain).toContain(`${what}: ${why}\n         fix: ${fix}\n`);
 });
 
 test('one machine may be both', () => {

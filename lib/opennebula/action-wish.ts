@@ -5,7 +5,8 @@
  * The action's name tells for a NIC. For an alias no action of its own exists: OpenNebula calls prereconfigure and
  * reconfigure for attach and detach alike, and detach_nic with the alias's MAC when the attach failed. Then it is the VM's context
  * that tells: oned writes it anew before both, with `ETH<parent>_ALIAS<n>_…` when the alias comes, without when it goes (read in
- * VirtualMachineContext.cc of 6.0.0 to 7.4.0). A VM without network context has no such variables; there an alias that is in effect
+ * VirtualMachineContext.cc of 5.10 to 7.4.0; 5.8, the first with aliases, writes `…_DETACH` when it goes and leaves it there
+ * for the next alias of that number, so it tells nothing). A VM without network context has no such variables; there an alias that is in effect
  * goes, and one that is not comes, unless it went before, since oned never gives a NIC_ID again.
  */
 import { rangeContains, tryParseIpv4 } from '../core/address.ts';
@@ -14,7 +15,7 @@ import { KvmIbError } from '../core/errors.ts';
 import type { Config, Mapping } from '../core/mapping.ts';
 import type { Nic, NicAlias, Vm } from './action-data.ts';
 import type { KnownAction } from './contract.ts';
-import type { Wish } from './mappings.ts';
+import type { Wish, WishOptions } from './mappings.ts';
 import { wishedMappings } from './mappings.ts';
 
 /** What the VM has on this host, from its state file. */
@@ -41,7 +42,13 @@ const STARTING: readonly KnownAction[] = ['deploy', 'restore'];
  * @throws KvmIbError as `wishedMappings`, for the NIC that the action attaches and for a VM that is started; `conflict` for an
  *   alias that cannot come into effect
  */
-export function wishOfAction(config: Config, vm: Vm, action: KnownAction, held: Held): ActionWish {
+export function wishOfAction(
+  config: Config,
+  vm: Vm,
+  action: KnownAction,
+  held: Held,
+  options: Pick<WishOptions, 'addressFromMac'> = {},
+): ActionWish {
   const without = new Set<number>();
   const attaching: number[] = [];
   for (const { nic } of vm.nics.filter((one) => one.attach)) {
@@ -62,6 +69,7 @@ export function wishOfAction(config: Config, vm: Vm, action: KnownAction, held: 
   const keep = vm.nics.filter((nic) => !without.has(nic.nic) && isUnknown(nic)).map(({ nic }) => nic);
   const faults: string[] = [];
   const wish = wishedMappings(config, vm, {
+    ...options,
     without,
     onFault: ({ nic }, error) => {
       if (STARTING.includes(action) || attaching.includes(nic)) throw error;
@@ -93,7 +101,8 @@ function refuseIdleAlias(config: Config, vm: Vm, attached: readonly number[], ma
 
 function isLeaving(vm: Vm, alias: NicAlias, held: Held): boolean {
   const prefix = `ETH${alias.parentId}_ALIAS${alias.aliasId}_`;
-  if ([...vm.contextNames].some((name) => name.startsWith(prefix))) return false;
+  const names = [...vm.contextNames].filter((name) => name.startsWith(prefix));
+  if (names.length > 0 && !names.includes(`${prefix}DETACH`)) return false;
   if (held.detachedAliases.includes(alias.nic)) return true;
   return held.mappings.some((m) => m.nic === alias.parentId && m.address === alias.ip);
 }

@@ -19,10 +19,6 @@ const VALID_MS = 10_000;
 export interface Probing {
   /** Asks for those that are not asked for yet, in one window of time. */
   ask(items: readonly LinkAddress[]): Promise<void>;
-  /** Asks, in the same way, who else has addresses that are on their link. Who only probes for one is answered by the kernel. */
-  askOthers(items: readonly LinkAddress[]): Promise<void>;
-  /** Asks once more for those that another host was about to take, where it is the other that gives up. */
-  askFirst(items: readonly LinkAddress[]): Promise<void>;
   /** The error for an address that another host has; undefined: nobody answered, or nobody was asked. */
   conflictOf(address: Ipv4): KvmIbError | undefined;
   /** Throws the first of these conflicts. */
@@ -33,11 +29,19 @@ export interface Probing {
   spent(): number;
 }
 
+/** Questions besides whether an address may be taken. */
+export interface Inquiry extends Probing {
+  /** Asks, in the same way, who else has addresses that are on their link. Who only probes for one is answered by the kernel. */
+  askOthers(items: readonly LinkAddress[]): Promise<void>;
+  /** Asks once more for those that another host was about to take, where it is the other that gives up. */
+  askFirst(items: readonly LinkAddress[]): Promise<void>;
+}
+
 /** @param except hardware addresses of hosts that may have the addresses */
 export function createProbing(
   host: Pick<Host, 'config' | 'prober' | 'links'>,
   except: readonly string[] = [],
-): Probing {
+): Inquiry {
   const asked = new Map<Ipv4, number>();
   const others = new Map<Ipv4, OtherHolder>();
   const conflicts = new Map<Ipv4, KvmIbError>();
@@ -62,7 +66,7 @@ export function createProbing(
     }
     spent += performance.now() - now;
   };
-  const probing: Probing = {
+  const probing: Inquiry = {
     ask: (items) => ask(items, () => true),
     askOthers: (items) => ask(items, ({ how }) => how === 'has'),
     askFirst: async (items) => {

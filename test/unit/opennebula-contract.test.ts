@@ -50,7 +50,7 @@ describe('parseActionCall', () => {
   test.each([
     ['save', 'release-after', [UUID, '/c', 'h1'], { deployId: UUID, checkpointFile: '/c', host: 'h1' }],
     ['restore', 'sync-before', ['/c', 'h1', UUID], { checkpointFile: '/c', host: 'h1', deployId: UUID }],
-    ['migrate', 'refuse-if-mapped', [UUID, 'h2', 'h1'], { deployId: UUID, destination: 'h2', source: 'h1' }],
+    ['migrate', 'move', [UUID, 'h2', 'h1'], { deployId: UUID, destination: 'h2', source: 'h1' }],
     [
       'attach_nic',
       'sync-before',
@@ -71,8 +71,22 @@ describe('parseActionCall', () => {
     expect(parseActionCall('detach_nic', [UUID, 'mac', 'new', '7', 'h1'])).toMatchObject({ vmId: 7, host: 'h1' });
   });
 
+  test('minds a missing argument only where it is needed: restore has no deploy id before 4.4, empty ones vanish before 4.2', () => {
+    expect(parseActionCall('restore', ['/c', 'h1', '7', 'h1'])).toMatchObject({
+      vmId: 7,
+      args: { checkpointFile: '/c', host: 'h1', deployId: '' },
+    });
+    expect(parseActionCall('cancel', ['h1', '7', 'h1'])).toMatchObject({ vmId: 7, args: { deployId: 'h1', host: '' } });
+    expect(parseActionCall('attach_nic', ['one-7', 'mac', 'br', '-', '7', 'h1'])).toMatchObject({
+      vmId: 7,
+      args: { deployId: 'one-7', mac: 'mac', bridge: 'br', model: '-', vnMad: '', target: '' },
+    });
+    expect(refusal(() => parseActionCall('migrate', ['h2', 'h1', '7', 'h1'])).code).toBe('usage');
+    expect(refusal(() => parseActionCall('restore', ['7', 'h1'])).code).toBe('usage');
+  });
+
   test('passes every other action and any unknown one without a look at its arguments', () => {
-    for (const action of ['attach_disk', 'poll', 'resize', 'exec', 'snapshot_create', 'brand_new']) {
+    for (const action of ['attach_disk', 'poll', 'poll_ganglia', 'resize', 'exec', 'snapshot_create', 'brand_new']) {
       expect(parseActionCall(action, ['\n', ''])).toEqual({ treatment: 'pass', action });
     }
     for (const action of ['toString', '__proto__', 'constructor', '']) {
@@ -89,7 +103,8 @@ describe('parseActionCall', () => {
     expect(by('check-before')).toEqual(['prereconfigure']);
     expect(by('sync-after')).toEqual(['detach_nic', 'reconfigure', 'snapshot_revert']);
     expect(by('release-after')).toEqual(['shutdown', 'cancel', 'save']);
-    expect(by('refuse-if-mapped')).toEqual(['migrate', 'migrate_local']);
+    expect(by('move')).toEqual(['migrate']);
+    expect(by('refuse-if-mapped')).toEqual(['migrate_local']);
     expect(Object.values(ACTIONS).filter((action) => action.stdin === 'domain')).toEqual([ACTIONS.deploy]);
   });
 
@@ -157,6 +172,12 @@ describe('failureText', () => {
         expect(lines.join('')).not.toMatch(/[\u0000-\u001f\u007f-\u009f\u2028\u2029\u202e]/);
         expect(Math.max(...lines.map((one) => one.length))).toBeLessThan(8000);
       }),
+    );
+  });
+
+  test('stands between marks where they are asked for, with the log lines before them', () => {
+    expect(failureText({ log: [{ level: 'info', text: 'a' }], message: 'Cannot b' }, { block: true })).toBe(
+      'INFO: kvm-ib: a\nERROR MESSAGE --8<------\nkvm-ib: Cannot b.\nERROR MESSAGE ------>8--\n',
     );
   });
 

@@ -73,6 +73,7 @@ export async function serveArrival(
         return notArrived(host, arrival);
       },
       state: () => stateOf(host, owner.vm),
+      hasBegun: () => watch.hasTap(),
     });
   } finally {
     watch.close();
@@ -92,6 +93,7 @@ async function serveNow(
     commit: () => commit(host, owner, holder, mappings),
     undo: () => undo(host, owner, holder, action),
     state: () => stateOf(host, owner.vm),
+    hasBegun: () => false,
   });
 }
 
@@ -99,6 +101,8 @@ interface Ends {
   commit(): Promise<SyncResult>;
   undo(): Promise<SyncResult>;
   state(): Promise<'here' | 'moving' | 'gone' | 'unknown'>;
+  /** Whether the domain was seen to come before. */
+  hasBegun(): boolean;
 }
 
 /** Waits for the verdict; without one libvirt decides. */
@@ -118,7 +122,7 @@ async function conclude(
 /** @returns undefined when nobody can tell: the file stays pending, and reconcile decides */
 async function withoutVerdict(ends: Ends): Promise<'commit' | 'undo' | undefined> {
   const began = performance.now();
-  let wasThere = false;
+  let wasThere = ends.hasBegun();
   for (;;) {
     const state = await ends.state();
     const waited = performance.now() - began;

@@ -4,18 +4,15 @@
  *
  * usage: parser.mjs ACTION STOCK_SCRIPT [ARG...]
  */
-import { spawn } from 'node:child_process';
-import { closeSync, constants, fstatSync, openSync, readFileSync, readSync, writeSync } from 'node:fs';
+import { closeSync, constants, fstatSync, openSync, readFileSync, readSync } from 'node:fs';
 import { dirname, join } from 'node:path';
 import { KvmIbError, toKvmIbError } from '../core/errors.ts';
 import type { Config, Mapping } from '../core/mapping.ts';
-import { domainName } from '../core/mapping.ts';
 import { readCheckpoint } from '../host/checkpoint.ts';
 import { readConfig } from '../host/config-file.ts';
 import { exec } from '../host/exec.ts';
 import type { Paths } from '../host/paths.ts';
-import { millisecondsFrom, pathsFrom } from '../host/paths.ts';
-import { ownIdentity } from '../host/process.ts';
+import { pathsFrom } from '../host/paths.ts';
 import { createStore } from '../host/store.ts';
 import type { Domain } from '../libvirt/domain.ts';
 import { interfacesOnBridge, parseDomain, spliceMtu } from '../libvirt/domain.ts';
@@ -26,19 +23,17 @@ import { wishOfAction } from '../opennebula/action-wish.ts';
 import type { CallSigns } from '../opennebula/caller.ts';
 import { isBeforeVmXml, wantsErrorBlock } from '../opennebula/caller.ts';
 import type { KnownAction, OwnCall } from '../opennebula/contract.ts';
-import { failureMessage, failureText, logText, parseActionCall } from '../opennebula/contract.ts';
+import { failureMessage, failureText, parseActionCall } from '../opennebula/contract.ts';
 import { correctedAddresses, wishOfDomainXml, wishWithoutData } from '../opennebula/without-data.ts';
 import type { Store } from '../ops/host.ts';
 import type { Engine, WishMessage } from './engine-client.ts';
-import { errorOf, NO_WISH, startEngine } from './engine-client.ts';
+import { NO_WISH, startEngine } from './engine-client.ts';
 import type { ReadOptions } from './input.ts';
 import { readActionData, readStdin, STDIN_LIMIT } from './input.ts';
+import { complain, note, say, settle } from './log.ts';
+import { migrateTo, underVerdict } from './migration.ts';
 import type { Ending } from './stock.ts';
 import { endLike, runStock, succeeded } from './stock.ts';
-
-const VIRSH = '/usr/bin/virsh';
-/** Longer than any migration that still makes progress. */
-const DEADLINE_MS = millisecondsFrom(process.env['KVM_IB_MIGRATE_DEADLINE_MS']) ?? 24 * 3_600_000;
 
 /** Actions that give a VM no new mapping, but for an alias of a NIC that holds one. */
 const TAKING: readonly KnownAction[] = ['detach_nic', 'prereconfigure', 'reconfigure', 'snapshot_revert'];
@@ -115,7 +110,7 @@ async function deploy(context: Context, call: OwnCall): Promise<Ending> {
     }
     note(plan.wish.notes);
     note(await engine.sync(call.vmId, call.action, 'start', messageOf(plan.wish)));
-    return await underVerdict(engine, Buffer.from(plan.xml, 'latin1'));
+    return await underVerdict(engine, () => stock(Buffer.from(plan.xml, 'latin1')));
   } finally {
     await engine.close();
   }
@@ -130,7 +125,7 @@ async function syncBefore(context: Context, call: OwnCall): Promise<Ending> {
   try {
     const mode = call.action === 'attach_nic' ? 'plug' : 'start';
     note(await engine.sync(call.vmId, call.action, mode, messageOf(wish)));
-    return await underVerdict(engine, context.stdin);
+    return await underVerdict(engine, () => stock(context.stdin));
   } finally {
     await engine.close();
   }
@@ -146,7 +141,7 @@ async function repairBefore(paths: Paths, call: OwnCall): Promise<Ending> {
     complain(cause, 'The guest keeps what it has'),
   );
   try {
-    return engine ? await underVerdict(engine, stdin) : await stock(stdin);
+    return engine ? await underVerdict(engine, () => stock(stdin)) : await stock(stdin);
   } finally {
     await engine?.close();
   }
@@ -207,7 +202,7 @@ async function unplug(context: Context, call: OwnCall): Promise<Ending> {
   const engine = startEngine();
   try {
     note(await engine.sync(call.vmId, call.action, 'unplug', messageOf(wish)));
-    return await underVerdict(engine, context.stdin);
+    return await underVerdict(engine, () => stock(context.stdin));
   } finally {
     await engine.close();
   }
@@ -252,19 +247,6 @@ function maySomethingBeHeld(paths: Paths, call: OwnCall, stdin: Buffer | null): 
     if (code === 'bad-input') complain(cause, `Only what VM ${call.vmId} holds here counts for ${call.action}`);
     return isHeld;
   }
-}
-
-/** Runs the stock script between an engine's answer and the verdict. */
-async function underVerdict(engine: Engine, stdin: Uint8Array | null): Promise<Ending> {
-  let ending: Ending;
-  try {
-    ending = await stock(stdin);
-  } catch (error) {
-    await settle(() => engine.verdict('undo'));
-    throw error;
-  }
-  await settle(() => engine.verdict(succeeded(ending) ? 'commit' : 'undo'));
-  return ending;
 }
 
 /** What a VM that is to be deployed should have, and its domain XML with our MTUs; undefined: it has no NIC on our bridges. */
@@ -367,123 +349,14 @@ function concernedVm({ config, store }: Omit<Context, 'stdin'>, call: OwnCall, s
   return vm.lcmState === HOTPLUG_NIC_POWEROFF ? undefined : vm;
 }
 
-/**
- * migrate runs on the source. The destination is asked before the guest moves; it waits with its engine for the moment when
- * the guest runs there, and the source lets go then. What comes of the stock script decides on both hosts.
- */
+/** The source of a live migration. Storage moves within one host since OpenNebula 7.2: its addresses stay where they are. */
 async function migrate(context: Context, call: OwnCall): Promise<Ending> {
+  const run = () => stock(context.stdin);
   const { destination = '', source = '' } = call.args;
   const wish = await concernedWish(context, call);
-  // Storage moves within one host since OpenNebula 7.2: its addresses stay where they are.
-  if (wish === undefined || destination === source) return stock(context.stdin);
+  if (wish === undefined || destination === source) return run();
   note(wish.notes);
-  const here = startEngine();
-  let there: Engine | undefined;
-  try {
-    const { departure } = await here.depart(call.vmId, call.action, messageOf(wish));
-    if (departure.nics.length === 0) return await stock(context.stdin);
-    there = startEngine(destination);
-    const arrival = {
-      vm: call.vmId,
-      action: call.action,
-      nics: departure.nics,
-      unmapped: [],
-      source: { holder: ownIdentity(), links: departure.links },
-    };
-    const answer = await there.arrive({ ...arrival, when: 'resume' });
-    note(answer.warnings.map((warning) => `${destination}: ${warning}`));
-    if (answer.here) return await underVerdict(here, context.stdin);
-    return await moving(context, call, here, there, arrival);
-  } catch (cause) {
-    // Where it was asked nothing yet, there is nothing to undo.
-    await there?.close();
-    await settle(() => here.verdict('undo'));
-    throw cause;
-  } finally {
-    await there?.close();
-    await here.close();
-  }
-}
-
-/** The stock script moves the guest, both hosts follow. */
-async function moving(
-  { stdin }: Context,
-  call: OwnCall,
-  here: Engine,
-  there: Engine,
-  arrival: Omit<Parameters<Engine['arrive']>[0], 'when'>,
-): Promise<Ending> {
-  const { destination = '' } = call.args;
-  let isOver = false;
-  const abort = (why: string): void => {
-    if (isOver) return;
-    say(logText({ level: 'error', text: `${why}: the migration of VM ${call.vmId} is aborted` }));
-    void abortJob(call.vmId);
-  };
-  const deadline = setTimeout(() => abort(`it did not end within ${DEADLINE_MS} ms`), DEADLINE_MS);
-  const letGo = there.event().then(async (event) => {
-    if (event?.event === 'arrived') {
-      note(event.warnings.map((warning) => `${destination}: ${warning}`));
-      await settle(() => here.verdict('release'));
-      return;
-    }
-    if (event?.event === 'failed') complain(errorOf(event.error), `${destination} tries again at the end`);
-    // Nobody waits there any more, so the guest would come to a host where it has no address.
-    else abort(`the kvm-ib engine of ${destination} ended`);
-  });
-  let ending: Ending;
-  try {
-    ending = await stock(stdin);
-  } catch (error) {
-    isOver = true;
-    await settle(() => there.verdict('undo'));
-    throw error;
-  } finally {
-    isOver = true;
-    clearTimeout(deadline);
-  }
-  if (!succeeded(ending)) {
-    await settle(() => there.verdict('undo'));
-    await there.close();
-    await letGo;
-    await settle(() => here.verdict('undo'));
-    return ending;
-  }
-  const isThere = await there.verdict('commit').then(
-    (warnings) => {
-      note(warnings);
-      return true;
-    },
-    () => false,
-  );
-  await there.close();
-  await letGo;
-  await settle(() => here.verdict('commit'));
-  if (!isThere) await settle(() => arriveLate(destination, arrival));
-  return ending;
-}
-
-/** The engine of the destination was lost on the way, but the guest is there. */
-async function arriveLate(
-  destination: string,
-  arrival: Omit<Parameters<Engine['arrive']>[0], 'when'>,
-): Promise<readonly string[]> {
-  const there = startEngine(destination);
-  try {
-    const { warnings } = await there.arrive({ ...arrival, when: 'now' });
-    return [...warnings, ...(await there.verdict('commit'))];
-  } finally {
-    await there.close();
-  }
-}
-
-/** Ends the migration that libvirt is at, so that the stock script fails. When it is past that point, it goes on. */
-function abortJob(vm: number): Promise<void> {
-  const child = spawn(VIRSH, ['--connect', 'qemu:///system', 'domjobabort', domainName(vm)], { stdio: 'ignore' });
-  return new Promise((resolve) => {
-    child.on('error', () => resolve());
-    child.on('close', () => resolve());
-  });
+  return migrateTo(destination, { vm: call.vmId, action: call.action, wish: messageOf(wish) }, run);
 }
 
 /** A front-end has no guests: what runs there cannot follow one. */
@@ -607,31 +480,5 @@ function readRemotesVersion(): string | null {
     }
   } catch {
     return null;
-  }
-}
-
-/** Runs the last step of an action whose outcome is decided: what goes wrong is logged and left to reconcile. */
-async function settle(step: () => Promise<readonly string[]>): Promise<void> {
-  try {
-    note(await step());
-  } catch (cause) {
-    complain(cause, 'The next kvm-ib reconcile brings it right');
-  }
-}
-
-/** Logs an error that does not fail the action. */
-function complain(cause: unknown, outlook: string): undefined {
-  say(logText({ level: 'error', text: `${failureMessage(toKvmIbError(cause))}. ${outlook}` }));
-}
-
-function note(notes: readonly string[]): void {
-  for (const text of notes) say(logText({ level: 'info', text }));
-}
-
-function say(text: string): void {
-  try {
-    writeSync(2, text);
-  } catch {
-    // Nobody listens any more.
   }
 }

@@ -478,6 +478,100 @@ describe('on a front-end, below another root', () => {
     expect((await report(['install', 'front-end'])).changed).toBe(false);
   });
 
+  describe('the name of the driver', () => {
+    const conf = '/etc/one/oned.conf';
+    const execrc = '/etc/one/vmm_exec/vmm_execrc';
+    const ONED = `# a site's own\nVM_MAD = [\n  NAME = "kvm",\n  ARGUMENTS = "-t 50 -r 0 kvm -p -w 900",\n  TYPE = "kvm"\n]\nX = "1"\n`;
+    const WORDS = 'LIVE_DISK_SNAPSHOTS="kvm-qcow2 kvm-ssh"\n';
+    const texts = (): readonly string[] => [readFileSync(at(conf), 'utf8'), readFileSync(at(execrc), 'utf8')];
+    const rights = (path: string): readonly number[] => {
+      const { uid, gid, mode } = statSync(at(path));
+      return [uid, gid, mode & 0o7777];
+    };
+
+    beforeEach(() => {
+      put(conf, ONED, 0o640);
+      put(execrc, WORDS, 0o644);
+      chownSync(at(conf), 0, NOBODY);
+    });
+
+    test('kvm-ib is written into both files with their rights, shown before, and taken out again', async () => {
+      const args = ['install', 'front-end', '--driver-name', 'kvm-ib'];
+      const plan = await report([...args, '--dry-run']);
+      expect([signOf(plan, conf), signOf(plan, execrc)]).toEqual(['~', '~']);
+      expect(plan.notes.find(({ title }) => title === `Lines of ${execrc}`)?.text).toBe(
+        `- ${WORDS}+ ${WORDS.replace('ssh', 'ssh kvm-ib-qcow2 kvm-ib-ssh')}`.trim(),
+      );
+      expect(texts()).toEqual([ONED, WORDS]);
+      expect((await report(args)).operations).toEqual(plan.operations);
+      expect(texts()[0]).toMatch(/^# a site's own\n[\s\S]*X = "1"\n[\s\S]*NAME +\S* *= "kvm-ib"/);
+      expect([rights(conf), rights(execrc)]).toEqual([
+        [0, NOBODY, 0o640],
+        [0, 0, 0o644],
+      ]);
+      expect((await report(args)).changed).toBe(false);
+      expect((await report(['install', 'front-end'])).notes.map(({ text }) => text).join()).not.toContain('VM_MAD = [');
+      await report(['uninstall', 'front-end', '--dry-run']);
+      expect(texts()[0]).not.toBe(ONED);
+      await report(['uninstall', 'front-end']);
+      expect(texts()).toEqual([ONED, WORDS]);
+      expect(rights(conf)).toEqual([0, NOBODY, 0o640]);
+    });
+
+    test('kvm is one word, the rest of its ARGUMENTS stays; from there to kvm-ib and back', async () => {
+      const kvm = ONED.replace('0 kvm -p', '0 kvm-ib -p');
+      const first = await report(['install', 'front-end', '--driver-name', 'kvm']);
+      expect(texts()).toEqual([kvm, WORDS]);
+      const told = first.notes.map(({ title, text }) => `${title}\n${text}`).join('\n');
+      expect(told).toMatch(/Have kvm-ib on every host of the driver "kvm" before the restart/);
+      expect(told).toContain('onehost create HOST -i kvm -v kvm -c CLUSTER');
+      await report(['install', 'front-end', '--templates', at('/templates')]);
+      expect(readdirSync(at('/templates'))).not.toContain('vm_mad.conf');
+      const second = await report(['install', 'front-end', '--driver-name', 'kvm-ib']);
+      expect(second.notes.map(({ text }) => text).join()).toContain('uninstall front-end --driver-name kvm');
+      expect(texts()[0]).toMatch(/0 kvm-ib -p[\s\S]*"kvm-ib"/);
+      await report(['uninstall', 'front-end', '--driver-name', 'kvm']);
+      expect(texts()[0]).toMatch(/0 kvm -p[\s\S]*"kvm-ib"/);
+      // A name alone leaves the driver where it is.
+      expect(existsSync(at(`${remotes}/vmm/kvm-ib/deploy`))).toBe(true);
+      await report(['uninstall', 'front-end', '--driver-name', 'kvm-ib']);
+      expect(texts()).toEqual([ONED, WORDS]);
+      expect((await report(['uninstall', 'front-end', '--driver-name', 'kvm-ib'])).changed).toBe(false);
+    });
+
+    test('nothing is written, the driver neither, where that cannot be done without harm', async () => {
+      const install = (name: string): ReturnType<typeof run> =>
+        kvmIb(['install', 'front-end', '--root', root, '--driver-name', name]);
+      for (const [name, text, status, said] of [
+        ['kvm', ONED.replace('0 kvm ', '0 site '), 4, 'runs the folder "site" now'],
+        ['kvm', 'VM_MAD = [ NAME = "x" ]\n', 6, 'no section VM_MAD of that name'],
+        ['qemu', ONED, 2, 'kvm-ib, kvm'],
+      ] as const) {
+        put(conf, text);
+        const refused = await install(name);
+        expect([refused.status, refused.stderr]).toEqual([status, expect.stringContaining(said)]);
+        expect(readFileSync(at(conf), 'utf8')).toBe(text);
+      }
+      writeFileSync(at(conf), Buffer.from(`# caf\u00e9\n${ONED}`, 'latin1'));
+      const latin = await install('kvm');
+      expect([latin.status, latin.stderr]).toEqual([4, expect.stringContaining('not in UTF-8')]);
+      rmSync(at(conf));
+      put('/precious', ONED);
+      symlinkSync(at('/precious'), at(conf));
+      const link = await install('kvm');
+      expect([link.status, link.stderr]).toEqual([6, expect.stringContaining('no plain file')]);
+      expect(readFileSync(at('/precious'), 'utf8')).toBe(ONED);
+      expect(existsSync(at(`${remotes}/vmm`))).toBe(false);
+    });
+
+    test('without a choice both are explained, and nothing is written', async () => {
+      const { notes } = await report(['install', 'front-end']);
+      expect(notes[0]?.title).toContain('First choose the name of the driver');
+      expect(notes[0]?.text).toContain('--driver-name kvm --dry-run');
+      expect(texts()).toEqual([ONED, WORDS]);
+    });
+  });
+
   test('texts follow the installed version, what is in oned.conf already, and the configuration that is given', async () => {
     put('/etc/one/oned.conf', 'VM_MAD = [\n  NAME = "kvm",\n  IMPORTED_VMS_ACTIONS = "terminate, resume"\n]\n');
     put('/given.yaml', CONFIG.replace('name: ib', 'name: fast'));

@@ -14,7 +14,7 @@ import { FIXED_PATHS, pathsFrom } from '../host/paths.ts';
 import { bootId, ownIdentity } from '../host/process.ts';
 import { createHost, repeatAnnouncements, requireRights } from '../host/this-host.ts';
 import type { ActionRequest } from '../ops/actions.ts';
-import { check, commit, finish, follow, mark, prepare, release, settle, start, undo } from '../ops/actions.ts';
+import { check, commit, finish, follow, mark, outcome, prepare, release, settle, start, undo } from '../ops/actions.ts';
 import type { Host } from '../ops/host.ts';
 import type { SyncResult } from '../ops/sync.ts';
 import type { Mode, SyncMessage } from './protocol.ts';
@@ -35,6 +35,7 @@ const BEGIN: Readonly<Record<Mode, (host: Host, request: ActionRequest) => Promi
   follow,
   check,
   release,
+  outcome,
 };
 
 let version = PROTOCOL_VERSION;

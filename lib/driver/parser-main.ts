@@ -4,34 +4,32 @@
  *
  * usage: parser.mjs ACTION STOCK_SCRIPT [ARG...]
  */
-import { closeSync, constants, fstatSync, openSync, readFileSync, readSync, writeSync } from 'node:fs';
+import { closeSync, constants, existsSync, fstatSync, openSync, readFileSync } from 'node:fs';
 import { dirname, join } from 'node:path';
-import { isatty } from 'node:tty';
 import { KvmIbError, toKvmIbError } from '../core/errors.ts';
 import type { Config, Mapping } from '../core/mapping.ts';
 import { readConfig } from '../host/config-file.ts';
 import type { Paths } from '../host/paths.ts';
-import { millisecondsFrom, pathsFrom } from '../host/paths.ts';
+import { pathsFrom } from '../host/paths.ts';
 import { createStore } from '../host/store.ts';
 import { interfacesOnBridge, parseDomain, spliceMtu } from '../libvirt/domain.ts';
 import type { Vm } from '../opennebula/action-data.ts';
-import { HOTPLUG_NIC_POWEROFF, mayTouchBridges, parseActionData, parseVm } from '../opennebula/action-data.ts';
-import type { ActionWish, Held } from '../opennebula/action-wish.ts';
+import { HOTPLUG_NIC_POWEROFF, parseActionData, parseVm } from '../opennebula/action-data.ts';
+import type { ActionWish } from '../opennebula/action-wish.ts';
 import { wishOfAction } from '../opennebula/action-wish.ts';
 import type { KnownAction, OwnCall } from '../opennebula/contract.ts';
-import { failureMessage, failureText, logText, parseActionCall } from '../opennebula/contract.ts';
+import { failureMessage, failureText, parseActionCall } from '../opennebula/contract.ts';
+import { DRIVER } from '../opennebula/registration.ts';
 import type { Store } from '../ops/host.ts';
-import type { Engine, WishMessage } from './engine-client.ts';
+import type { Engine } from './engine-client.ts';
 import { NO_WISH, startEngine } from './engine-client.ts';
 import type { Ending } from './stock.ts';
 import { endLike, runStock, succeeded } from './stock.ts';
-
-const STDIN_LIMIT = 64 * 1024 * 1024;
-const STDIN_TIMEOUT_MS = millisecondsFrom(process.env['KVM_IB_STDIN_TIMEOUT_MS']) ?? 60_000;
+import { complain, note, readStdin, STDIN_LIMIT, say, settle } from './streams.ts';
+import { heldBy, isForeign, messageOf, NOTHING_HELD, touches } from './vm-request.ts';
 
 /** Actions that give a VM no new mapping, but for an alias of a NIC that holds one. */
 const TAKING: readonly KnownAction[] = ['detach_nic', 'prereconfigure', 'reconfigure', 'snapshot_revert'];
-const NOTHING_HELD: Held = { mappings: [], detachedAliases: [] };
 
 interface Context {
   readonly config: Config;
@@ -51,13 +49,13 @@ try {
 async function run(): Promise<Ending> {
   const call = parseActionCall(action, args);
   const paths = pathsFrom(process.env);
-  if (call.treatment === 'pass') return stock(await readStdin());
+  if (call.treatment === 'pass') return stock(await readStdin(action));
   if (call.treatment === 'repair-before') return repairBefore(paths, call);
   if (call.treatment === 'release-after') return releaseAfter(paths, call);
   const context: Context = {
     config: readConfig(paths.config),
     store: createStore(paths.state),
-    stdin: await readStdin(),
+    stdin: await readStdin(action),
   };
   switch (call.treatment) {
     case 'sync-before':
@@ -118,7 +116,7 @@ async function syncBefore(context: Context, call: OwnCall): Promise<Ending> {
  * operator from a reset.
  */
 async function repairBefore(paths: Paths, call: OwnCall): Promise<Ending> {
-  const stdin = await readStdin({ mayBeEmpty: true });
+  const stdin = await readStdin(action, { mayBeEmpty: true });
   const engine = await repair(paths, call, stdin).catch((cause: unknown) =>
     complain(cause, 'The guest keeps what it has'),
   );
@@ -199,7 +197,7 @@ async function unplug(context: Context, call: OwnCall): Promise<Ending> {
  * be released is known without them.
  */
 async function releaseAfter(paths: Paths, call: OwnCall): Promise<Ending> {
-  const stdin = await readStdin({ mayBeEmpty: true });
+  const stdin = await readStdin(action, { mayBeEmpty: true });
   const isOurs = maySomethingBeHeld(paths, call, stdin);
   const ending = await stock(stdin);
   if (!isOurs) return ending;
@@ -264,26 +262,13 @@ function readDeployment(
 }
 
 function readWish({ config, store }: Context, call: OwnCall, vm: Vm): ActionWish {
-  return wishOfAction(config, vm, call.action, heldBy(store, vm.id) ?? NOTHING_HELD);
+  return wishOfAction(config, vm, call.action, heldBy(store, vm.id) ?? NOTHING_HELD, hasNetworkDriver);
 }
 
-/** What the VM has on this host; undefined: nothing. The engine reads the file anew, under its lock, and decides. */
-function heldBy(store: Store, vm: number): Held | undefined {
-  try {
-    return store.read({ kind: 'vm', vm });
-  } catch (cause) {
-    // One that is there and is no state file: the engine says what is wrong with it.
-    return toKvmIbError(cause).code === 'not-permitted' ? undefined : NOTHING_HELD;
-  }
-}
-
-function messageOf(wish: ActionWish): WishMessage {
-  const { sources, unmapped, keep, attaching, detachedAliases } = wish;
-  const nics = sources.map(({ mapping: m, source }) => {
-    if (m.mac === null || m.nic === null) throw new TypeError('a VM has mappings with NIC and MAC only');
-    return { nic: m.nic, guest: m.guest, address: source === 'range' ? null : m.address, mac: m.mac, bridge: m.bridge };
-  });
-  return { nics, unmapped, keep, attaching, detachedAliases };
+/** Whether OpenNebula calls our network driver for NICs of this VN_MAD: it is that driver, or hangs in its folders of hooks. */
+function hasNetworkDriver(vnMad: string): boolean {
+  if (!/^[A-Za-z0-9_-][A-Za-z0-9_.-]*$/.test(vnMad)) return false;
+  return existsSync(join(dirname(script), '../../vnm', vnMad, vnMad === DRIVER ? 'post' : `post.d/${DRIVER}`));
 }
 
 /** The VM of an action on one that is there; undefined when it has nothing to do with kvm-ib, or no domain to follow. */
@@ -311,23 +296,6 @@ function refuseIfMapped(context: Context, call: OwnCall): Promise<Ending> {
     why: `it has a NIC on a bridge of kvm-ib, and this version does not do ${call.action} for such a VM yet`,
     fix: `migrate it without --live, which saves and restores it: onevm migrate ${vm.id} HOST`,
   });
-}
-
-/**
- * A whole document in which none of our bridges can stand: not ours to judge, so it costs no parse and cannot fail on
- * one. What is cut off, or is another kind of document, is looked at.
- */
-function isForeign(config: Config, text: string, root: string): boolean {
-  const bridges = config.networks.map((network) => network.bridge);
-  return (
-    new RegExp(`^\\s*(?:<\\?xml[^>]*\\?>\\s*)?<${root}[\\s>]`).test(text.slice(0, 1000)) &&
-    text.slice(-1000).trimEnd().endsWith(`</${root}>`) &&
-    !mayTouchBridges(text, bridges)
-  );
-}
-
-function touches(config: Config, vm: Vm): boolean {
-  return config.networks.some((network) => [...vm.nics, ...vm.skipped].some((nic) => nic.bridge === network.bridge));
 }
 
 function requireVm(vm: Vm, vmId: number): void {
@@ -411,79 +379,5 @@ function readVmXml(path: string): string {
     return readFileSync(fd, 'latin1');
   } finally {
     closeSync(fd);
-  }
-}
-
-/**
- * All of standard input: bounded, and never waited for without end. Before 6.6 it is empty when a value of the VM holds what the
- * host's shell cannot expand (`$(` or a lone backtick): the here document that brings it was not quoted.
- */
-async function readStdin({ mayBeEmpty = false } = {}): Promise<Buffer> {
-  const broken = (why: string): KvmIbError =>
-    new KvmIbError('bad-input', `Cannot read the standard input of ${action}`, {
-      why,
-      fix: 'let OpenNebula (one_vmm_exec) call it: it sends the VM there',
-    });
-  if (isatty(0)) throw broken('it is a terminal');
-  let stat: ReturnType<typeof fstatSync>;
-  try {
-    stat = fstatSync(0);
-  } catch {
-    throw broken('it is closed');
-  }
-  const chunks: Buffer[] = [];
-  let size = 0;
-  const add = (chunk: Buffer): void => {
-    size += chunk.length;
-    if (size > STDIN_LIMIT) throw broken(`it is larger than ${STDIN_LIMIT} bytes`);
-    chunks.push(chunk);
-  };
-  if (stat.isFile()) {
-    for (;;) {
-      const chunk = Buffer.alloc(1024 * 1024);
-      const count = readSync(0, chunk, 0, chunk.length, null);
-      if (count === 0) break;
-      add(chunk.subarray(0, count));
-    }
-  } else {
-    const timer = setTimeout(
-      () => process.stdin.destroy(broken(`it did not end within ${STDIN_TIMEOUT_MS} ms`)),
-      STDIN_TIMEOUT_MS,
-    );
-    try {
-      for await (const chunk of process.stdin) add(chunk as Buffer);
-    } catch (error) {
-      throw error instanceof KvmIbError ? error : broken((error as Error).message);
-    } finally {
-      clearTimeout(timer);
-    }
-  }
-  if (size === 0 && !mayBeEmpty) throw broken('it is empty');
-  return Buffer.concat(chunks);
-}
-
-/** Runs the last step of an action whose outcome is decided: what goes wrong is logged and left to reconcile. */
-async function settle(step: () => Promise<readonly string[]>): Promise<void> {
-  try {
-    note(await step());
-  } catch (cause) {
-    complain(cause, 'The next kvm-ib reconcile brings it right');
-  }
-}
-
-/** Logs an error that does not fail the action. */
-function complain(cause: unknown, outlook: string): undefined {
-  say(logText({ level: 'error', text: `${failureMessage(toKvmIbError(cause))}. ${outlook}` }));
-}
-
-function note(notes: readonly string[]): void {
-  for (const text of notes) say(logText({ level: 'info', text }));
-}
-
-function say(text: string): void {
-  try {
-    writeSync(2, text);
-  } catch {
-    // Nobody listens any more.
   }
 }

@@ -38,7 +38,7 @@ export interface NicMessage {
   readonly bridge: LinkName;
 }
 
-export const MODES = ['start', 'restart', 'plug', 'unplug', 'follow', 'check', 'release'] as const;
+export const MODES = ['start', 'restart', 'plug', 'unplug', 'follow', 'check', 'release', 'outcome'] as const;
 
 /**
  * What is asked for, by the state of the domain and the place of the stock script. Only the first four get a verdict.
@@ -50,6 +50,7 @@ export const MODES = ['start', 'restart', 'plug', 'unplug', 'follow', 'check', '
  * - `follow`: after the script changed a running domain.
  * - `check`: whether `follow` would succeed; changes nothing.
  * - `release`: after the script ended the domain.
+ * - `outcome`: after a step that may have started, changed or ended the domain: what it has now, nothing where there is none.
  */
 export type Mode = (typeof MODES)[number];
 

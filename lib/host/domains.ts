@@ -55,6 +55,16 @@ export function createDomains(exec: Exec): Domains {
   };
 }
 
+/** Whether a VM's domain runs since it was booted here: neither restored nor taken over from another host. */
+export async function hasBooted(exec: Exec, vm: number): Promise<boolean> {
+  try {
+    const { status, stdout } = await exec([...VIRSH, 'domstate', '--reason', domainName(vm)], { timeout: TIMEOUT_MS });
+    return status === 0 && /^running \(booted\)$/m.test(stdout);
+  } catch {
+    return false;
+  }
+}
+
 /**
  * The interfaces of all active domains, OpenNebula's or not.
  * @param runsGuests whether any guest runs on this machine, for when libvirt does not answer

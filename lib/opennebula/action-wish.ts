@@ -37,11 +37,29 @@ export interface ActionWish extends Wish {
 /** Actions before which the VM has no domain here, or a domain that wakes up: all or nothing. */
 const STARTING: readonly KnownAction[] = ['deploy', 'restore'];
 
+/** What an action does with NICs and aliases, as far as it can be told from the VM. */
+export interface Marks {
+  /** NIC_IDs of NICs and aliases that do not count. */
+  readonly without: ReadonlySet<number>;
+  readonly attaching: readonly number[];
+  readonly attachedAliases: readonly number[];
+  readonly detachedAliases: readonly number[];
+  /** Whether a NIC that cannot be mapped is an error; else it keeps what it has, with a note. */
+  readonly mustBeMapped: (nic: number) => boolean;
+}
+
 /**
+ * @param hasNetworkDriver whether our network driver was called before for NICs of this VN_MAD
  * @throws KvmIbError as `wishedMappings`, for the NIC that the action attaches and for a VM that is started; `conflict` for an
  *   alias that cannot come into effect
  */
-export function wishOfAction(config: Config, vm: Vm, action: KnownAction, held: Held): ActionWish {
+export function wishOfAction(
+  config: Config,
+  vm: Vm,
+  action: KnownAction,
+  held: Held,
+  hasNetworkDriver: (vnMad: string) => boolean = () => false,
+): ActionWish {
   const without = new Set<number>();
   const attaching: number[] = [];
   for (const { nic } of vm.nics.filter((one) => one.attach)) {
@@ -52,10 +70,19 @@ export function wishOfAction(config: Config, vm: Vm, action: KnownAction, held: 
   const attachedAliases: number[] = [];
   const detachedAliases: number[] = [];
   for (const alias of vm.aliases.filter((one) => one.attach)) {
-    if (action === 'detach_nic' || isLeaving(vm, alias, held)) detachedAliases.push(alias.nic);
+    if (action === 'detach_nic' || isLeaving(vm, alias, held, hasNetworkDriver)) detachedAliases.push(alias.nic);
     else attachedAliases.push(alias.nic);
     if (action === 'attach_nic' || detachedAliases.includes(alias.nic)) without.add(alias.nic);
   }
+  const mustBeMapped = (nic: number): boolean => STARTING.includes(action) || attaching.includes(nic);
+  const wish = wishUnder(config, vm, held, { without, attaching, attachedAliases, detachedAliases, mustBeMapped });
+  if (action === 'prereconfigure') refuseIdleAlias(config, vm, attachedAliases, wish.mappings);
+  return wish;
+}
+
+/** @throws KvmIbError as `wishedMappings`, for NICs that must be mapped */
+export function wishUnder(config: Config, vm: Vm, held: Held, marks: Marks): ActionWish {
+  const { without, attaching, attachedAliases, detachedAliases, mustBeMapped } = marks;
   // A NIC whose bridge is in the configuration no more: its network is served until the VM ends.
   const isUnknown = ({ nic, bridge }: Nic) =>
     networkOfBridge(config, bridge) === undefined && held.mappings.some((m) => m.nic === nic && m.bridge === bridge);
@@ -64,12 +91,11 @@ export function wishOfAction(config: Config, vm: Vm, action: KnownAction, held: 
   const wish = wishedMappings(config, vm, {
     without,
     onFault: ({ nic }, error) => {
-      if (STARTING.includes(action) || attaching.includes(nic)) throw error;
+      if (mustBeMapped(nic)) throw error;
       if (held.mappings.some((m) => m.nic === nic)) keep.push(nic);
       faults.push(faultNote(error));
     },
   });
-  if (action === 'prereconfigure') refuseIdleAlias(config, vm, attachedAliases, wish.mappings);
   return { ...wish, notes: [...wish.notes, ...faults], keep, attaching, attachedAliases, detachedAliases };
 }
 
@@ -77,7 +103,12 @@ export function wishOfAction(config: Config, vm: Vm, action: KnownAction, held: 
  * An alias in the IB range that would not come into effect, because its NIC has another: the user would see an address that
  * leads nowhere. One that is attached before the VM starts is left aside with a note; here there is somebody to tell.
  */
-function refuseIdleAlias(config: Config, vm: Vm, attached: readonly number[], mappings: readonly Mapping[]): void {
+export function refuseIdleAlias(
+  config: Config,
+  vm: Vm,
+  attached: readonly number[],
+  mappings: readonly Mapping[],
+): void {
   for (const alias of vm.aliases.filter((one) => one.external && attached.includes(one.nic))) {
     const parent = mappings.find((m) => m.nic === alias.parentId);
     const network = config.networks.find((one) => one.device === parent?.device && one.bridge === parent.bridge);
@@ -91,10 +122,12 @@ function refuseIdleAlias(config: Config, vm: Vm, attached: readonly number[], ma
   }
 }
 
-function isLeaving(vm: Vm, alias: NicAlias, held: Held): boolean {
+function isLeaving(vm: Vm, alias: NicAlias, held: Held, hasNetworkDriver: (vnMad: string) => boolean): boolean {
   const prefix = `ETH${alias.parentId}_ALIAS${alias.aliasId}_`;
   if ([...vm.contextNames].some((name) => name.startsWith(prefix))) return false;
   if (held.detachedAliases.includes(alias.nic)) return true;
+  // Our network driver comes first: its `clean` has noted one that goes, its `post` has brought one that comes into effect.
+  if (alias.vnMad !== null && hasNetworkDriver(alias.vnMad)) return false;
   return held.mappings.some((m) => m.nic === alias.parentId && m.address === alias.ip);
 }
 

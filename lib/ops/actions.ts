@@ -14,8 +14,19 @@ import { mappingsOf, wishOfDomain } from '../core/state.ts';
 import { apply } from './apply.ts';
 import type { Host } from './host.ts';
 import { observeBridge, observeMappings } from './observe.ts';
+import { createProbing } from './probe.ts';
 import type { DomainView, PendingFile, SyncRequest, SyncResult } from './sync.ts';
-import { activeFile, isPending, nothingDone, pendingBy, sync, syncLocked, wishFor, withDomain } from './sync.ts';
+import {
+  activeFile,
+  isPending,
+  nothingDone,
+  pendingBy,
+  probeAhead,
+  sync,
+  syncLocked,
+  wishFor,
+  withDomain,
+} from './sync.ts';
 
 export type VmOwner = Extract<Owner, { kind: 'vm' }>;
 
@@ -190,6 +201,40 @@ export function settle(host: Host, owner: VmOwner, holder: Holder): Promise<Sync
     }
     if (domain.kind === 'active' || otherUnderWay(host, file, holder)) return nothingDone(owner);
     return syncLocked(host, { owner, wish: [], action: 'settle', holder });
+  });
+}
+
+/**
+ * The action of the network driver that claims a VM's addresses before anybody else begins to work on it. Whoever comes after it
+ * takes the claim over.
+ */
+export const CLAIM = 'pre';
+
+/**
+ * After a step of which only the domain tells what came of it, as the network driver sees them all: what the domain has, and
+ * nothing where there is none. An action that is under way decides by itself at its end.
+ */
+export async function outcome(host: Host, request: ActionRequest): Promise<SyncResult> {
+  const { owner, action, holder, wish } = request;
+  const probing = createProbing(host);
+  await probeAhead(host, wish.mappings, probing);
+  return withDomain(host, owner, holder, `${action} ${ownerName(owner)}`, async (domain, file) => {
+    const other = otherUnderWay(host, file, holder);
+    if (other !== undefined && other.phase.action !== CLAIM) {
+      if (domain.kind === 'inactive') host.store.write({ ...other, phase: { ...other.phase, overtaken: true } });
+      return nothingDone(owner, `${other.phase.action} of ${ownerName(owner)} is under way and decides at its end`);
+    }
+    switch (domain.kind) {
+      case 'unknown':
+        return nothingDone(owner, `libvirt does not answer: ${ownerName(owner)} is left to reconcile`);
+      case 'inactive':
+        return syncLocked(host, { owner, wish: [], action, holder });
+      case 'active': {
+        if (file === undefined && wish.mappings.length === 0) return tendBridges(host, owner);
+        const now = (prior: StateFile | undefined) => wishFor(wish.mappings, viewOf(request), domain.macs, prior);
+        return syncLocked(host, { ...plain(request), wish: now }, probing);
+      }
+    }
   });
 }
 

@@ -93,7 +93,7 @@ export async function sync(host: Host, request: SyncRequest): Promise<SyncResult
 }
 
 /** Without the lock, so that actions at once do not wait for each other's probes. What is local already is not asked for. */
-async function probeAhead(host: Host, wish: readonly Mapping[], probing: Probing): Promise<void> {
+export async function probeAhead(host: Host, wish: readonly Mapping[], probing: Probing): Promise<void> {
   const absent: Mapping[] = [];
   for (const mapping of wish) if (!(await host.links.isLocal(mapping.address))) absent.push(mapping);
   await probing.ask(absent);

@@ -15,6 +15,8 @@ export interface LibvirtStandIn {
   readonly folder: string;
   /** False: it does not answer. */
   answers(answers: boolean): void;
+  /** What `domstate --reason` says of every domain: `running (booted)`. */
+  reason(words: string): void;
   set(vm: number, macs: readonly string[]): void;
   remove(vm: number): void;
   /** Hardware addresses of the interfaces of each active domain. */
@@ -27,6 +29,7 @@ export function startLibvirtStandIn(folder: string): LibvirtStandIn {
   requireOwnNetns();
   const domains = join(folder, 'domains');
   const silent = join(folder, 'silent');
+  const reason = join(folder, 'reason');
   const script = join(folder, 'virsh');
   mkdirSync(domains, { recursive: true, mode: 0o777 });
   writeFileSync(
@@ -47,6 +50,7 @@ one() {
       while read -r mac; do echo " vnet0       bridge   virbr1   virtio   $mac"; done < "$2"
       echo
       ;;
+    domstate) [ -e "$3" ] && cat '${reason}' ;;
     *) return 1 ;;
   esac
 }
@@ -64,6 +68,7 @@ esac
   return {
     folder: domains,
     answers,
+    reason: (words) => writeFileSync(reason, `${words}\n`),
     set: (vm, macs) => writeFileSync(file(vm), macs.map((mac) => `${mac}\n`).join('')),
     remove: (vm) => rmSync(file(vm), { force: true }),
     domains: () =>
@@ -75,6 +80,7 @@ esac
       ),
     reset: () => {
       answers(true);
+      writeFileSync(reason, 'running (booted)\n');
       for (const name of existsSync(domains) ? readdirSync(domains) : []) rmSync(join(domains, name));
     },
     stop: () => void execFileSync('/usr/bin/umount', [VIRSH]),

@@ -1,7 +1,12 @@
 /** How each version of OpenNebula calls a network driver: argv, standard input, and the part of the VM that it gives. */
+import { cpSync, mkdirSync } from 'node:fs';
+import { join, resolve } from 'node:path';
 import { childrenNamed, parseXml } from '../../lib/core/xml.ts';
+import { copyBundles, run, writeScript } from './driver.ts';
 import type { TestVm } from './vm/opennebula.ts';
 import { vmXml } from './vm/opennebula.ts';
+
+const repository = resolve(import.meta.dirname, '../..');
 
 export interface VnmVersion {
   readonly name: string;
@@ -113,3 +118,55 @@ export function networkCall(
     action === 'update_nic' ? (encoded.match(/.{1,60}/g) ?? []).map((line) => `${line}\n`).join('') : encoded;
   return { argv: own, stdin: `${text}\n` };
 }
+
+export interface SessionAnswer {
+  readonly code: number;
+  readonly stdout: string;
+  readonly stderr: string;
+}
+
+/**
+ * Runs one action in the ssh session of one_vmm_exec, `bash -s`, and a command behind it: had the action read the session's
+ * standard input, that would be lost.
+ */
+export async function callInSession(
+  script: string,
+  { argv, stdin }: ReturnType<typeof networkCall>,
+  env: Readonly<Record<string, string>>,
+): Promise<SessionAnswer> {
+  const command = [script, ...argv.map((arg) => `'${arg}'`)].join(' ');
+  const marks = 'echo "ExitCode: $? EOF_ERR" 1>&2; echo "EOF_OUT"';
+  const text = stdin === null ? `(${command}); ${marks}\n` : `(cat << 'EOT' | ${command}); ${marks}\n${stdin}EOT\n`;
+  const { stdout, stderr } = await run(['/bin/bash', '-s'], { stdin: `${text}echo next command\n`, env });
+  const end = /^ExitCode: (\d+) EOF_ERR\n/m.exec(stderr);
+  if (end === null || !stdout.endsWith('EOF_OUT\nnext command\n')) {
+    throw new Error(`one_vmm_exec would wait for ever: ${JSON.stringify({ stdout, stderr })}`);
+  }
+  return {
+    code: Number(end[1]),
+    stdout: stdout.slice(0, stdout.indexOf('EOF_OUT\n')),
+    stderr: stderr.replace(end[0], ''),
+  };
+}
+
+/** Puts our network driver beside a rig's drivers, as `onehost sync` does, and hooks of it beside a driver that runs hooks. */
+export function installNetworkDriver(folder: string): void {
+  const ours = join(folder, 'vnm/kvm-ib');
+  cpSync(join(repository, 'drivers/vnm/kvm-ib'), ours, { recursive: true });
+  copyBundles(ours, ['vnm.mjs', 'engine.mjs']);
+  for (const action of ['pre', 'post', 'clean']) {
+    const hooks = join(folder, `vnm/dummy/${action}.d`);
+    mkdirSync(hooks, { recursive: true });
+    cpSync(join(ours, action), join(hooks, 'kvm-ib'));
+    writeScript(join(folder, 'vnm/dummy', action), DUMMY);
+  }
+}
+
+/** The driver `dummy` of 5.10 to 7.4, in its own words: nothing but hooks. */
+const DUMMY = `#!/bin/bash
+stdin="$(</dev/stdin)"
+export PATH="\${PATH}:/bin:/sbin:/usr/bin"
+for f in "$0".d/* ; do
+  [ -x "$f" ] || exit 0 && echo "$stdin" | "$f" "$@"  || exit 1
+done
+`;

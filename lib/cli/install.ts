@@ -30,6 +30,7 @@ import type { Item, Note, Operation, Sign, Step } from '../ops/install.ts';
 import { isChange, octal, planInstall, planUninstall } from '../ops/install.ts';
 import type { FrontEndFacts } from '../ops/install-front-end.ts';
 import {
+  DRIVER_DIRECTORY,
   describeSize,
   FRONT_END_USER,
   frontEndItems,
@@ -58,6 +59,15 @@ import {
 } from '../ops/install-host.ts';
 import type { LibvirtPlan, SeenNetwork } from '../ops/install-libvirt.ts';
 import { planLibvirt, planLibvirtRemoval } from '../ops/install-libvirt.ts';
+import {
+  installedNetworkDriver,
+  NETWORK_DIRECTORY,
+  networkDriverItems,
+  networkDriverNotes,
+  networkTemplateFiles,
+  parseHooksOf,
+  refuseOtherNetworkDriver,
+} from '../ops/install-network-driver.ts';
 import { teardown } from '../ops/teardown.ts';
 
 /** What a command needs of the program that it is part of. */
@@ -136,6 +146,8 @@ export function addInstallCommands(program: Command, shell: Shell): void {
       [
         'kvm-ib install front-end --dry-run',
         'kvm-ib install front-end --config kvm-ib.yaml --mtu 4092 --templates /var/lib/one/kvm-ib-templates',
+        'kvm-ib install front-end --vnm                 where the VMM driver of OpenNebula stays',
+        'kvm-ib install front-end --hooks-of dummy      the same, called by another network driver',
       ],
     )
     .option(...root)
@@ -143,6 +155,8 @@ export function addInstallCommands(program: Command, shell: Shell): void {
     .option('--mtu <bytes>', `MTU of the IPoIB link, for the guests; default: ${COMMON_MTU}`)
     .option('--bridge-address <address>', "the host's address on the bridge; default: as `network-xml`")
     .option('--templates <dir>', 'write the section and the templates that are printed to files there as well')
+    .option('--vnm', 'the network driver, in place of the VMM driver')
+    .option('--hooks-of <drivers>', 'the same as hooks of these network drivers, with commas: dummy, bridge, …')
     .action((options: FrontEndOptions) => installFrontEnd(shell, options));
   shell
     .command(
@@ -456,6 +470,8 @@ interface FrontEndOptions extends Options {
   readonly mtu?: string;
   readonly bridgeAddress?: string;
   readonly templates?: string;
+  readonly vnm?: boolean;
+  readonly hooksOf?: string;
 }
 
 interface UninstallFrontEndOptions extends Options {
@@ -470,18 +486,45 @@ async function installFrontEnd(shell: Shell, options: FrontEndOptions): Promise<
   const given = options.config === undefined ? null : readConfigText(options.config);
   const look = target.observe(pack, new Map());
   refuseOlderDriver(look);
-  const driver = planInstall(frontEndItems(pack.list('drivers'), given), look);
+  const network = networkUse(look, facts, options);
+  const drivers = pack.list('drivers');
+  const vmm = !network.isChosen || target.exists(DRIVER_DIRECTORY);
+  const items = [
+    ...frontEndItems(drivers, given, vmm),
+    ...(network.isWanted ? networkDriverItems(drivers, network.hooksOf) : []),
+  ];
+  const driver = planInstall(items, look);
   // Wherever the driver goes, the templates are for the operator of this machine.
   const here = openTarget('/', FRONT_END_USER);
   const templates =
-    facts.templates === null ? [] : planInstall(templateItems(facts.templates, facts), here.observe(pack, new Map()));
+    facts.templates === null
+      ? []
+      : planInstall(
+          network.isChosen
+            ? templateItems(facts.templates, facts, networkTemplateFiles(facts, network.hooksOf))
+            : templateItems(facts.templates, facts),
+          here.observe(pack, new Map()),
+        );
   if (!options.dryRun) {
     await target.apply(driver, pack);
     await here.apply(templates, pack);
   }
   const size = syncedSize(driver);
-  const notes = frontEndNotes(facts, size);
+  const notes = network.isChosen ? networkDriverNotes(facts, network.hooksOf, size) : frontEndNotes(facts, size);
   show(shell, options, { operations: [...driver, ...templates], steps: [], results: [], notes, synced: size });
+}
+
+/** Chosen now, or by an earlier run: then it is brought up to date. */
+function networkUse(
+  look: ReturnType<Target['observe']>,
+  { version }: FrontEndFacts,
+  { vnm = false, hooksOf }: FrontEndOptions,
+): { readonly isChosen: boolean; readonly isWanted: boolean; readonly hooksOf: readonly string[] } {
+  const there = installedNetworkDriver(look);
+  const isChosen = vnm || hooksOf !== undefined;
+  if (isChosen) refuseOtherNetworkDriver(look);
+  const asked = hooksOf === undefined ? [] : parseHooksOf(hooksOf, version, look);
+  return { isChosen, isWanted: isChosen || there.isThere, hooksOf: [...new Set([...asked, ...there.hooksOf])] };
 }
 
 function frontEndFacts(target: Target, options: FrontEndOptions): FrontEndFacts {
@@ -529,14 +572,22 @@ function frontEndFacts(target: Target, options: FrontEndOptions): FrontEndFacts 
 async function uninstallFrontEnd(shell: Shell, options: UninstallFrontEndOptions): Promise<void> {
   const target = open(shell, options, 'uninstall front-end');
   const pack = findPackage();
-  if (target.live && !options.force) await refuseWhileHostsRun(target);
-  const items = frontEndRemovals(pack.list('drivers'));
+  if (target.live && !options.force) {
+    await refuseWhileHostsRun(target);
+    await refuseWhileNetworksLease(target);
+  }
+  const look = target.observe(pack, new Map());
+  const network = installedNetworkDriver(look);
+  const drivers = pack.list('drivers');
+  const items = [
+    ...frontEndRemovals(drivers),
+    ...(network.isThere ? networkDriverItems(drivers, network.hooksOf) : []),
+  ];
   const keep = keptConfig(
     options.purge ?? false,
     target.exists(HOST_RECORD) ? 'this machine is a host with kvm-ib as well' : undefined,
   );
   const own = items.flatMap((item) => (item.kind === 'directory' && item.own ? [item.path] : []));
-  const look = target.observe(pack, new Map());
   const operations = planUninstall({ items, inside: target.inside(own), madeDirectories: [], keep }, look);
   if (!options.dryRun) await target.apply(operations, pack);
   const notes: Note[] =
@@ -577,6 +628,29 @@ async function refuseWhileHostsRun(target: Target): Promise<void> {
     return names.includes(text('VM_MAD')) && Number(text('RUNNING_VMS')) > 0 ? [printable(text('NAME'), 60)] : [];
   });
   if (busy.length > 0) throw refuse(`VMs run on hosts of this driver: ${busy.slice(0, 10).join(', ')}`);
+}
+
+/** Nor the VMs of networks whose network driver it is. A hook that is gone is not missed. */
+async function refuseWhileNetworksLease(target: Target): Promise<void> {
+  const ONEVNET = '/usr/bin/onevnet';
+  if (!target.exists(ONEVNET) || !target.exists(NETWORK_DIRECTORY)) return;
+  const refuse = (why: string): KvmIbError =>
+    new KvmIbError('conflict', 'Cannot uninstall the network driver', {
+      why,
+      fix: 'detach their NICs, or power their VMs off and give the networks another VN_MAD first; or use --force',
+    });
+  const asked = await exec(['/usr/sbin/runuser', '-u', FRONT_END_USER, '--', ONEVNET, 'list', '--xml']).catch(
+    toKvmIbError,
+  );
+  if (asked instanceof KvmIbError || asked.status !== 0) {
+    throw refuse('OpenNebula does not say which virtual networks use it (`onevnet list` failed)');
+  }
+  const busy = (asked.stdout.match(/<VNET>[\s\S]*?<\/VNET>/g) ?? []).flatMap((network) => {
+    const text = (tag: string): string =>
+      new RegExp(`<${tag}>\\s*(?:<!\\[CDATA\\[)?([^<\\]]*)`).exec(network)?.[1]?.trim() ?? '';
+    return text('VN_MAD') === DRIVER && Number(text('USED_LEASES')) > 0 ? [printable(text('NAME'), 60)] : [];
+  });
+  if (busy.length > 0) throw refuse(`virtual networks with this driver have leases: ${busy.slice(0, 10).join(', ')}`);
 }
 
 interface Outcome {
@@ -621,7 +695,7 @@ function show(shell: Shell, options: Options, outcome: Outcome): void {
 }
 
 /** Folders of many small files, shown as one line for each sign. */
-const FOLDED = [`${LIBRARY}/drivers`, `${LIBRARY}/rulesets`, `${REMOTES}/vmm/kvm-ib`];
+const FOLDED = [`${LIBRARY}/drivers`, `${LIBRARY}/rulesets`, DRIVER_DIRECTORY, NETWORK_DIRECTORY];
 
 function condense(operations: readonly Operation[]): readonly Operation[] {
   const folderOf = ({ path, why }: Operation): string | undefined =>

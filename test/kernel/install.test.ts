@@ -428,6 +428,72 @@ describe('on a front-end, below another root', () => {
     expect(readFileSync(join(directory, 'ib-guests.net'), 'utf8')).toBe('NAME = "mine"\n');
   });
 
+  test('the network driver comes in place of the VMM driver, or beside one that is there, and goes without a trace', async () => {
+    const before = everything(root);
+    const vnm = `${remotes}/vnm/kvm-ib`;
+    const result = await report(['install', 'front-end', '--vnm']);
+    expect(existsSync(at(`${remotes}/vmm/kvm-ib`))).toBe(false);
+    for (const name of ['pre', 'post', 'clean', 'update_nic', 'update_sg', 'vnet_create', 'vnet_delete']) {
+      const { mode, uid } = lstatSync(at(`${vnm}/${name}`));
+      expect([name, mode & 0o7777, uid]).toEqual([name, 0o755, NOBODY]);
+    }
+    expect(statSync(at(`${vnm}/vnm.mjs`)).size).toBeGreaterThan(10_000);
+    const text = result.notes.map((note) => `${note.title}\n${note.text}`).join('\n');
+    expect(text).toMatch(/VN_MAD_CONF = \[\n +NAME += "kvm-ib",\n +BRIDGE_TYPE = "linux"\n\]/);
+    expect(text).toMatch(/^VN_MAD += "kvm-ib"$/m);
+    expect(text).not.toMatch(/VM_MAD = \[|onehost create/);
+    expect((await report(['install', 'front-end', '--vnm'])).changed).toBe(false);
+
+    put('/etc/one/oned.conf', 'VN_MAD_CONF = [ name = "kvm-ib", BRIDGE_TYPE = "linux" ]\n');
+    const registered = await report(['install', 'front-end', '--vnm']);
+    expect(registered.notes.map((note) => note.text).join('\n')).not.toMatch(/VN_MAD_CONF|restart/);
+    rmSync(at('/etc/one'), { recursive: true });
+
+    // A run without the option brings both up to date.
+    writeFileSync(at(`${vnm}/pre`), '#!/bin/sh\n');
+    expect(signOf(await report(['install', 'front-end']), `${vnm}/pre`)).toBe('~');
+    expect(existsSync(at(`${remotes}/vmm/kvm-ib/deploy`))).toBe(true);
+    expect(signOf(await report(['install', 'front-end', '--vnm']), `${remotes}/vmm/kvm-ib/deploy`)).toBe('=');
+    await report(['uninstall', 'front-end']);
+    expect(everything(root)).toEqual([...before]);
+  });
+
+  test('as hooks of another network driver, which keeps its name', async () => {
+    for (const name of ['dummy', 'bridge', 'nodeport']) put(`${remotes}/vnm/${name}/pre`, '#!/bin/sh\n', 0o755);
+    for (const path of ['', ...everything(at(`${remotes}/vnm`))]) chownSync(at(`${remotes}/vnm${path}`), NOBODY, NOBODY);
+    const directory = at('/templates');
+    const { notes } = await report(['install', 'front-end', '--hooks-of', 'bridge,dummy', '--templates', directory]);
+    for (const name of ['bridge', 'dummy']) {
+      for (const action of ['pre', 'post', 'clean']) {
+        const path = at(`${remotes}/vnm/${name}/${action}.d/kvm-ib`);
+        expect([path, lstatSync(path).isFile(), statSync(path).mode & 0o7777]).toEqual([path, true, 0o755]);
+      }
+    }
+    const text = notes.map((note) => `${note.title}\n${note.text}`).join('\n');
+    expect(text).not.toContain('VN_MAD_CONF');
+    expect(readdirSync(directory)).not.toContain('vn_mad.conf');
+    const network = readFileSync(join(directory, 'ib-guests.net'), 'utf8');
+    expect(network).toMatch(/^VN_MAD += "bridge"$/m);
+    expect(network).toMatch(/^CONF += "keep_empty_bridge=true"$/m);
+    const hook = await run([at(`${remotes}/vnm/bridge/pre.d/kvm-ib`)], { env: { ...ENV, KVM_IB_CONFIG: at('/none') } });
+    expect(hook).toMatchObject({ status: 0, stdout: '', stderr: '' });
+    for (const wrong of ['ovswitch', 'nodeport', 'kvm-ib', '', '../vmm', 'dummy,none']) {
+      const refused = await kvmIb(['install', 'front-end', '--root', root, '--hooks-of', wrong]);
+      expect([wrong, refused.status]).toEqual([wrong, 2]);
+    }
+    await report(['uninstall', 'front-end']);
+    expect(everything(at(`${remotes}/vnm`)).filter((path) => path.includes('kvm-ib'))).toEqual([]);
+    expect(existsSync(at(`${remotes}/vnm/bridge/pre`))).toBe(true);
+  });
+
+  test('another network driver of that name is not written over', async () => {
+    put(`${remotes}/vnm/kvm-ib/pre`, '#!/bin/sh\n', 0o755);
+    const refused = await kvmIb(['install', 'front-end', '--root', root, '--vnm']);
+    expect([refused.status, refused.stderr]).toEqual([4, expect.stringContaining(`mv ${remotes}/vnm/kvm-ib `)]);
+    await report(['install', 'front-end']);
+    expect(everything(at(`${remotes}/vnm`))).toEqual(['/kvm-ib', '/kvm-ib/pre']);
+  });
+
   test('a launcher from there finds its parser and the stock script', async () => {
     await report(['install', 'front-end']);
     put(`${remotes}/vmm/kvm/poll`, '#!/bin/sh\necho "stock $*"\n', 0o755);
@@ -473,7 +539,7 @@ describe('on a front-end, below another root', () => {
     rmSync(at(`${remotes}/vmm`), { recursive: true });
     const { notes } = await report(['install', 'front-end']);
     const text = notes.map((note) => `${note.title}\n${note.text}`).join('\n');
-    expect(text).toMatch(/VM_MAD "vmm_kvm_ib" in \/etc\/one\/oned.conf up to date[\s\S]*NAME +\S* *= "vmm_kvm_ib"/);
+    expect(text).toMatch(/VM_MAD "vmm_kvm_ib" in \/etc\/one\/oned.conf up to date[\s\S]*NAME += "vmm_kvm_ib"/);
     expect(text).toContain('onehost create HOST -i kvm -v vmm_kvm_ib');
     expect((await report(['install', 'front-end'])).changed).toBe(false);
   });

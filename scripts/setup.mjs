@@ -21,7 +21,16 @@ export const PACKAGES = {
     'libxml2-utils',
     'bridge-utils',
   ],
-  vm: ['libvirt-daemon-system', 'libvirt-clients', 'qemu-system-x86', 'qemu-utils', 'busybox-static', 'cpio'],
+  // No openssh-server, which would serve the whole machine: scripts/vm-sshd.mjs unpacks one.
+  vm: [
+    'libvirt-daemon-system',
+    'libvirt-clients',
+    'qemu-system-x86',
+    'qemu-utils',
+    'busybox-static',
+    'cpio',
+    'openssh-client',
+  ],
 };
 
 /** Environment for children: no loader options of the caller, and the directories of system programs. */

@@ -117,7 +117,7 @@ if (isRoot && missing.length === 0) {
   };
   await Promise.all(Array.from({ length: AT_ONCE }, work));
   // Before the namespace is entered: there is no network inside.
-  run([process.execPath, 'scripts/vm-kernel.mjs']);
+  for (const script of ['vm-kernel.mjs', 'vm-sshd.mjs']) run([process.execPath, join('scripts', script)]);
   await vitest('vm', { prefix: inNetns });
 } else {
   leftOut.push('kernel tests (network namespaces)', 'vm tests (libvirt, QEMU)');

@@ -30,6 +30,8 @@ export type Phase =
       readonly holder: Holder;
       /** A shutdown or cancel came in between: whether the domain is there decides at the action's end. */
       readonly overtaken?: boolean | undefined;
+      /** Its guest runs on another host, not here yet or no more here: the kernel of this host holds nothing of it. */
+      readonly elsewhere?: boolean | undefined;
     }
   | {
       readonly name: 'active';
@@ -64,6 +66,16 @@ export function mappingsOf(file: StateFile | undefined): readonly Mapping[] {
   return all;
 }
 
+/** Whether the guest of a file runs on another host: then its mappings are claimed, and not in the kernel. */
+export function isElsewhere(file: StateFile | undefined): boolean {
+  return file?.phase.name === 'pending' && file.phase.elsewhere === true;
+}
+
+/** The mappings of a file that the kernel is to hold. */
+export function presentMappings(file: StateFile): readonly Mapping[] {
+  return isElsewhere(file) ? [] : file.mappings;
+}
+
 const ipv4 = v.custom<Ipv4>((value) => typeof value === 'string' && tryParseIpv4(value) !== undefined);
 const mac = v.custom<Mac>((value) => typeof value === 'string' && tryParseMac(value) === value);
 const linkName = v.custom<LinkName>((value) => typeof value === 'string' && tryParseLinkName(value) !== undefined);
@@ -96,6 +108,7 @@ const stateSchema = v.object({
       action: v.string(),
       holder: v.object({ pid: id, start: v.number(), bootId: v.string() }),
       overtaken: v.optional(v.boolean()),
+      elsewhere: v.optional(v.boolean()),
     }),
     v.object({ name: v.literal('active'), bootId: v.optional(v.string()) }),
     v.object({ name: v.literal('removing') }),
@@ -134,15 +147,17 @@ export type Verdict =
  * @param domainActive whether the VM's domain is among libvirt's active ones (paused counts); undefined: libvirt did
  *   not answer, so nothing may be concluded from its silence
  * @param bootId the boot that runs
+ * @param moving whether the domain is on its way between two hosts, and runs on neither or on the other one
  */
 export function verdictOf(
   file: StateFile,
   holderAlive: boolean,
   domainActive: boolean | undefined,
   bootId: string,
+  moving = false,
 ): Verdict {
   if (file.phase.name === 'removing') return 'release';
-  if (file.phase.name === 'pending' && holderAlive) return 'leave';
+  if (file.phase.name === 'pending' && (holderAlive || moving)) return 'leave';
   if (file.owner.kind !== 'vm') return 'keep';
   if (domainActive === undefined) return file.phase.name === 'active' && isOfBoot(file, bootId) ? 'keep' : 'leave';
   return domainActive ? 'keep' : 'release';

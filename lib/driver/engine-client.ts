@@ -4,14 +4,33 @@ import { spawn } from 'node:child_process';
 import { existsSync } from 'node:fs';
 import { dirname, join } from 'node:path';
 import { fileURLToPath } from 'node:url';
-import type { ErrorCode } from '../core/errors.ts';
+import type { ErrorCode, ErrorReport } from '../core/errors.ts';
 import { KvmIbError, printable } from '../core/errors.ts';
 import { createLineReader } from '../host/lines.ts';
 import { ownIdentity } from '../host/process.ts';
-import type { Answer, Mode, NicMessage, SettleMessage, SyncMessage } from './protocol.ts';
-import { PROTOCOL_VERSION, parseAnswer } from './protocol.ts';
+import type {
+  Answer,
+  ArrivalEvent,
+  ArriveMessage,
+  DepartureMessage,
+  Mode,
+  NicMessage,
+  SettleMessage,
+  SyncMessage,
+  Verdict,
+} from './protocol.ts';
+import { PROTOCOL_VERSION, parseAnswer, parseEvent, syncVersion } from './protocol.ts';
 
 const SUDO = '/usr/bin/sudo';
+const SSH = '/usr/bin/ssh';
+/**
+ * No question is asked, and no connection is shared: a master that is started for it would keep our pipes open. One that is
+ * cut is found out within 15 s.
+ */
+const SSH_OPTIONS = [
+  ...['BatchMode=yes', 'ConnectTimeout=10', 'ServerAliveInterval=5', 'ServerAliveCountMax=3'],
+  ...['ControlMaster=no', 'ControlPath=none'],
+].flatMap((option) => ['-o', option]);
 /** What sudoers names: root-owned, outside the tree that OpenNebula copies over hosts. */
 const INSTALLED_ENGINE = '/usr/lib/kvm-ib/kvm-ib-engine';
 const ANSWER_LIMIT = 8 * 1024 * 1024;
@@ -34,15 +53,30 @@ export interface Engine {
   sync(vm: number, action: string, mode: Mode, wish: WishMessage): Promise<readonly string[]>;
   /** Releases the VM if its domain is not active. @returns warnings */
   settle(vm: number): Promise<readonly string[]>;
+  /** The first step of a live migration, on the source. @returns what the guest takes along, and warnings */
+  depart(
+    vm: number,
+    action: string,
+    wish: WishMessage,
+  ): Promise<{ readonly departure: DepartureMessage; readonly warnings: readonly string[] }>;
+  /** The VM comes to the engine's host. @returns `here`: it is there already, and nothing was done */
+  arrive(
+    request: Omit<ArriveMessage, 'version' | 'verb'>,
+  ): Promise<{ readonly here: boolean; readonly warnings: readonly string[] }>;
+  /** After `arrive`: resolves when the guest runs there, or when the engine has ended. Never rejects. */
+  event(): Promise<ArrivalEvent | undefined>;
   /** The verdict on a pending sync. @returns warnings */
-  verdict(verdict: 'commit' | 'undo'): Promise<readonly string[]>;
+  verdict(verdict: Verdict): Promise<readonly string[]>;
   /** Ends it; a pending sync without a verdict is then left to reconcile. */
   close(): Promise<void>;
 }
 
-export function startEngine(): Engine {
-  const [program, ...args] = command();
-  const child = spawn(program, args, { stdio: ['pipe', 'pipe', 'pipe'], env: environment() });
+/** @param on the host whose engine it is, by ssh; undefined: this one's */
+export function startEngine(on?: string): Engine {
+  const [program, ...args] = on === undefined ? command() : commandOn(on);
+  // ssh needs what its session has: the agent, the home, the locale. It is the very program that the stock script runs.
+  const env = on === undefined ? environment() : process.env;
+  const child = spawn(program, args, { stdio: ['pipe', 'pipe', 'pipe'], env });
   const { stdin, stdout, stderr } = child;
   let complaint = '';
   let failure: Error | undefined;
@@ -56,33 +90,97 @@ export function startEngine(): Engine {
   const ended = new Promise<void>((resolve) => child.on('close', () => resolve()));
   child.on('error', () => stdout.destroy());
   const lines = createLineReader(stdout, ANSWER_LIMIT);
+  let happened: (event: ArrivalEvent | undefined) => void = () => undefined;
+  const event = new Promise<ArrivalEvent | undefined>((resolve) => {
+    happened = resolve;
+  });
+  void ended.then(() => happened(undefined));
 
-  const ask = async (message: object): Promise<readonly string[]> => {
-    stdin.write(`${JSON.stringify(message)}\n`);
-    const line = await lines.next(ANSWER_TIMEOUT_MS);
-    if (line === undefined) await ended;
-    const answer = line === undefined ? undefined : parseAnswer(line);
-    if (answer === undefined) throw unheard(child, program, complaint, failure);
-    if (!answer.ok) throw fromAnswer(answer);
-    return answer.warnings;
+  /** The next answer. What is told before it is passed on. */
+  const hear = async (timeoutMs?: number): Promise<Answer | undefined> => {
+    for (;;) {
+      const line = await lines.next(timeoutMs);
+      if (line === undefined) return undefined;
+      const told = parseEvent(line);
+      if (told === undefined) return parseAnswer(line);
+      happened(told);
+    }
   };
+  /** After `arrive` somebody has to listen; what comes is the answer to the question that is asked next. */
+  let listening: Promise<Answer | undefined> | undefined;
+  const ask = async (message: object): Promise<Extract<Answer, { ok: true }>> => {
+    stdin.write(`${JSON.stringify(message)}\n`);
+    const answer = await inTime(listening ?? hear(ANSWER_TIMEOUT_MS));
+    listening = undefined;
+    if (answer === undefined) {
+      await ended;
+      throw unheard(child, program, complaint, failure, on);
+    }
+    if (!answer.ok) throw errorOf(answer.error, on);
+    return answer;
+  };
+  const warningsOf = async (message: object): Promise<readonly string[]> => (await ask(message)).warnings;
   return {
     sync(vm, action, mode, wish) {
       const { pid, start } = ownIdentity();
-      const holder = { pid, start };
-      const message: SyncMessage = { version: PROTOCOL_VERSION, verb: 'sync', vm, action, mode, holder, ...wish };
-      return ask(message);
+      return warningsOf(syncMessage(vm, action, mode, { pid, start }, wish));
     },
+    async depart(vm, action, wish) {
+      const { pid, start } = ownIdentity();
+      const answer = await ask(syncMessage(vm, action, 'depart', { pid, start }, wish));
+      return { departure: answer.departure ?? { nics: [], links: [] }, warnings: answer.warnings };
+    },
+    async arrive(request) {
+      const message: ArriveMessage = { version: PROTOCOL_VERSION, verb: 'arrive', ...request };
+      const { here = false, warnings } = await ask(message);
+      listening = hear().catch(() => undefined);
+      return { here, warnings };
+    },
+    event: () => event,
     settle(vm) {
-      const message: SettleMessage = { version: PROTOCOL_VERSION, verb: 'settle', vm };
-      return ask(message);
+      const message: SettleMessage = { version: syncVersion('follow'), verb: 'settle', vm };
+      return warningsOf(message);
     },
-    verdict: (verdict) => ask({ verb: verdict }),
+    verdict: (verdict) => warningsOf({ verb: verdict }),
     async close() {
       stdin.end();
       await ended;
     },
   };
+}
+
+function syncMessage(
+  vm: number,
+  action: string,
+  mode: Mode,
+  holder: SyncMessage['holder'],
+  wish: WishMessage,
+): SyncMessage {
+  return { version: syncVersion(mode), verb: 'sync', vm, action, mode, holder, ...wish };
+}
+
+function inTime<T>(promise: Promise<T>): Promise<T> {
+  return new Promise((resolve, reject) => {
+    const late = (): void =>
+      reject(
+        new KvmIbError('failed', 'Cannot hear the kvm-ib engine', {
+          why: `no answer came within ${ANSWER_TIMEOUT_MS} ms`,
+        }),
+      );
+    const timer = setTimeout(late, ANSWER_TIMEOUT_MS);
+    promise.then(resolve, reject).finally(() => clearTimeout(timer));
+  });
+}
+
+/** The argv is words for a shell on the other side, so it is fixed but for the host, which ssh takes as one argument. */
+function commandOn(host: string): readonly [string, ...string[]] {
+  if (!/^[A-Za-z0-9_][A-Za-z0-9._:-]{0,252}$/.test(host)) {
+    throw new KvmIbError('bad-input', `Cannot reach the host "${printable(host, 100)}"`, {
+      why: 'that is no name of a host',
+      fix: 'give the host in OpenNebula a name or address that ssh takes',
+    });
+  }
+  return [SSH, ...SSH_OPTIONS, '--', host, `sudo -n ${INSTALLED_ENGINE}`];
 }
 
 /** As root: the engine beside this bundle, or the installed one. Else the installed one through sudo. */
@@ -100,16 +198,23 @@ function environment(): NodeJS.ProcessEnv {
   return { PATH: '/usr/sbin:/usr/bin:/sbin:/bin', LC_ALL: 'C', ...Object.fromEntries(kept) };
 }
 
-function fromAnswer(answer: Extract<Answer, { ok: false }>): KvmIbError {
-  const { code, message, why, fix } = answer.error;
-  return new KvmIbError(code as ErrorCode, message, {
+/** What an engine said, as the error that it was there. */
+export function errorOf({ code, message, why, fix }: ErrorReport, on?: string): KvmIbError {
+  return new KvmIbError(code as ErrorCode, on === undefined ? message : `${on}: ${message}`, {
     ...(why === undefined ? {} : { why }),
     ...(fix === undefined ? {} : { fix }),
   });
 }
 
-function unheard(child: ChildProcess, program: string, complaint: string, failure: Error | undefined): KvmIbError {
+function unheard(
+  child: ChildProcess,
+  program: string,
+  complaint: string,
+  failure: Error | undefined,
+  on: string | undefined,
+): KvmIbError {
   const said = printable(complaint.trim().split('\n').at(-1) ?? '', 300);
+  if (on !== undefined) return unheardFrom(on, child, complaint, said);
   if (failure !== undefined) {
     return new KvmIbError('host-lacks', 'Cannot start the kvm-ib engine', {
       why: failure.message,
@@ -132,5 +237,34 @@ function unheard(child: ChildProcess, program: string, complaint: string, failur
   return new KvmIbError('failed', 'Cannot hear the kvm-ib engine', {
     why: said === '' ? `it ended with status ${child.exitCode ?? child.signalCode} and said nothing` : said,
     fix: 'run `kvm-ib status` on this host, then try again',
+  });
+}
+
+/** Exit status of ssh itself, ssh(1). */
+const SSH_FAILED = 255;
+
+function unheardFrom(on: string, child: ChildProcess, complaint: string, said: string): KvmIbError {
+  const message = `Cannot start the kvm-ib engine of ${on}`;
+  if (/command not found|No such file/.test(complaint)) {
+    return new KvmIbError('host-lacks', message, {
+      why: `${on} has no kvm-ib: ${said}`,
+      fix: `install kvm-ib on ${on} (docs/install.md), or migrate the VM to a host that has it`,
+    });
+  }
+  if (/password is required|not allowed|may not run|no tty/.test(complaint)) {
+    return new KvmIbError('not-permitted', message, {
+      why: `${on}: ${said}`,
+      fix: `put rulesets/sudoers.d/kvm-ib into /etc/sudoers.d/kvm-ib on ${on}`,
+    });
+  }
+  if (child.exitCode === SSH_FAILED) {
+    return new KvmIbError('failed', `Cannot reach ${on}`, {
+      why: said === '' ? 'the ssh connection broke' : said,
+      fix: `as oneadmin on this host: ssh ${on} true. The action needs its key or agent: \`-d migrate\` in ARGUMENTS of VM_MAD forwards the agent`,
+    });
+  }
+  return new KvmIbError('failed', `Cannot hear the kvm-ib engine of ${on}`, {
+    why: said === '' ? `it ended with status ${child.exitCode ?? child.signalCode} and said nothing` : said,
+    fix: `run \`kvm-ib status\` on ${on}, then try again`,
   });
 }

@@ -16,8 +16,11 @@ import { createHost, repeatAnnouncements, requireRights } from '../host/this-hos
 import type { ActionRequest } from '../ops/actions.ts';
 import { check, commit, finish, follow, mark, outcome, prepare, release, settle, start, undo } from '../ops/actions.ts';
 import type { Host } from '../ops/host.ts';
+import type { Departure } from '../ops/migrate.ts';
+import { depart, departed, letGo, stay } from '../ops/migrate.ts';
 import type { SyncResult } from '../ops/sync.ts';
-import type { Mode, SyncMessage } from './protocol.ts';
+import { serveArrival } from './arrival.ts';
+import type { DepartureMessage, Mode, SyncMessage, Verdict } from './protocol.ts';
 import { awaitsVerdict, LINE_LIMIT, PROTOCOL_VERSION, parseMessage, parseVerdict, versionOf } from './protocol.ts';
 
 const REQUEST_TIMEOUT_MS = 30_000;
@@ -28,7 +31,7 @@ if (await repeatAnnouncements(process.argv)) process.exit(0);
 for (const signal of ['SIGHUP', 'SIGINT', 'SIGTERM', 'SIGPIPE'] as const) process.on(signal, () => undefined);
 
 const BEGIN: Readonly<Record<Mode, (host: Host, request: ActionRequest) => Promise<SyncResult>>> = {
-  start,
+  start: (host, request) => start(host, request),
   restart: prepare,
   plug: prepare,
   unplug: mark,
@@ -36,6 +39,7 @@ const BEGIN: Readonly<Record<Mode, (host: Host, request: ActionRequest) => Promi
   check,
   release,
   outcome,
+  depart,
 };
 
 let version = PROTOCOL_VERSION;
@@ -65,17 +69,43 @@ async function serve(): Promise<number> {
     accept(await settle(host, { kind: 'vm', vm: message.vm }, ownIdentity()));
     return 0;
   }
+  if (message.verb === 'arrive') {
+    const here = { version, ok: true, here: true, changes: [], warnings: [] };
+    await serveArrival(host, message, lines, {
+      accept,
+      here: () => answer(here),
+      event: (event) => answer({ version, ...event }),
+    });
+    return 0;
+  }
   const request = requestOf(host, message);
   accept(await BEGIN[message.mode](host, request));
   if (!awaitsVerdict(message.mode)) return 0;
-  const verdict = await lines.next();
-  if (verdict === undefined) return 0;
-  accept(await conclude(host, message.mode, request, parseVerdict(verdict)));
-  return 0;
+  for (;;) {
+    const line = await lines.next();
+    if (line === undefined) return 0;
+    const verdict = parseVerdict(line);
+    if (verdict !== 'release' || message.mode !== 'depart') {
+      accept(await conclude(host, message.mode, request, verdict));
+      return 0;
+    }
+    // The guest runs elsewhere; how the stock script ends is another question.
+    try {
+      accept(await letGo(host, request.owner, request.holder));
+    } catch (cause) {
+      answer({ version, ok: false, error: errorReport(toKvmIbError(cause)) });
+    }
+  }
 }
 
-function conclude(host: Host, mode: Mode, request: ActionRequest, verdict: 'commit' | 'undo'): Promise<SyncResult> {
+async function conclude(host: Host, mode: Mode, request: ActionRequest, verdict: Verdict): Promise<SyncResult> {
   const { owner, action, holder, wish } = request;
+  if (verdict === 'release') {
+    throw new KvmIbError('bad-input', 'Cannot read the request', { why: `"release" is no verdict on ${mode}` });
+  }
+  if (mode === 'depart') {
+    return verdict === 'commit' ? departed(host, request) : stay(host, owner, holder, action);
+  }
   if (verdict === 'undo') return undo(host, owner, holder, action);
   if (mode === 'unplug') return finish(host, request);
   return commit(host, owner, holder, mode === 'start' ? wish.mappings : []);
@@ -128,8 +158,20 @@ function identify(host: Host, request: SyncMessage): Holder {
   });
 }
 
-function accept(result: SyncResult): void {
-  answer({ version, ok: true, changes: result.changes.flatMap(describe), warnings: result.warnings });
+function accept(result: SyncResult & { readonly departure?: Departure }): void {
+  const { changes, warnings, departure } = result;
+  const more = departure === undefined ? {} : { departure: departureMessage(departure) };
+  answer({ version, ok: true, changes: changes.flatMap(describe), warnings, ...more });
+}
+
+/** What the parser is to tell the destination. An address by range is the destination's to compute, and to compare. */
+function departureMessage({ mappings, links }: Departure): DepartureMessage {
+  const nics = mappings.flatMap(({ nic, guest, address, mac, bridge, named }) =>
+    nic === null || mac === null
+      ? []
+      : [{ nic, guest, address: named === false ? null : address, mac, bridge, held: address }],
+  );
+  return { nics, links };
 }
 
 function answer(message: object): void {

@@ -4,13 +4,16 @@
  *
  * usage: parser.mjs ACTION STOCK_SCRIPT [ARG...]
  */
+import { spawn } from 'node:child_process';
 import { closeSync, constants, existsSync, fstatSync, openSync, readFileSync } from 'node:fs';
 import { dirname, join } from 'node:path';
 import { KvmIbError, toKvmIbError } from '../core/errors.ts';
 import type { Config, Mapping } from '../core/mapping.ts';
+import { domainName } from '../core/mapping.ts';
 import { readConfig } from '../host/config-file.ts';
 import type { Paths } from '../host/paths.ts';
-import { pathsFrom } from '../host/paths.ts';
+import { millisecondsFrom, pathsFrom } from '../host/paths.ts';
+import { ownIdentity } from '../host/process.ts';
 import { createStore } from '../host/store.ts';
 import { interfacesOnBridge, parseDomain, spliceMtu } from '../libvirt/domain.ts';
 import type { Vm } from '../opennebula/action-data.ts';
@@ -18,15 +21,19 @@ import { HOTPLUG_NIC_POWEROFF, parseActionData, parseVm } from '../opennebula/ac
 import type { ActionWish } from '../opennebula/action-wish.ts';
 import { wishOfAction } from '../opennebula/action-wish.ts';
 import type { KnownAction, OwnCall } from '../opennebula/contract.ts';
-import { failureMessage, failureText, parseActionCall } from '../opennebula/contract.ts';
+import { failureMessage, failureText, logText, parseActionCall } from '../opennebula/contract.ts';
 import { DRIVER } from '../opennebula/registration.ts';
 import type { Store } from '../ops/host.ts';
 import type { Engine } from './engine-client.ts';
-import { NO_WISH, startEngine } from './engine-client.ts';
+import { errorOf, NO_WISH, startEngine } from './engine-client.ts';
 import type { Ending } from './stock.ts';
 import { endLike, runStock, succeeded } from './stock.ts';
 import { complain, note, readStdin, STDIN_LIMIT, say, settle } from './streams.ts';
 import { heldBy, isForeign, messageOf, NOTHING_HELD, touches } from './vm-request.ts';
+
+const VIRSH = '/usr/bin/virsh';
+/** Longer than any migration that still makes progress. */
+const DEADLINE_MS = millisecondsFrom(process.env['KVM_IB_MIGRATE_DEADLINE_MS']) ?? 24 * 3_600_000;
 
 /** Actions that give a VM no new mapping, but for an alias of a NIC that holds one. */
 const TAKING: readonly KnownAction[] = ['detach_nic', 'prereconfigure', 'reconfigure', 'snapshot_revert'];
@@ -64,6 +71,8 @@ async function run(): Promise<Ending> {
       return checkBefore(context, call);
     case 'sync-after':
       return call.action === 'reconfigure' ? followAfter(context, call) : unplug(context, call);
+    case 'move':
+      return migrate(context, call);
     case 'refuse-if-mapped':
       return refuseIfMapped(context, call);
   }
@@ -289,12 +298,133 @@ function concernedVm({ config, store, stdin }: Context, call: OwnCall): Vm | und
   return vm.lcmState === HOTPLUG_NIC_POWEROFF ? undefined : vm;
 }
 
+/**
+ * migrate runs on the source. The destination is asked before the guest moves; it waits with its engine for the moment when
+ * the guest runs there, and the source lets go then. What comes of the stock script decides on both hosts.
+ */
+async function migrate(context: Context, call: OwnCall): Promise<Ending> {
+  const { destination = '', source = '' } = call.args;
+  const vm = concernedVm(context, call);
+  // Storage moves within one host since OpenNebula 7.2: its addresses stay where they are.
+  if (vm === undefined || destination === source) return stock(context.stdin);
+  const wish = readWish(context, call, vm);
+  note(wish.notes);
+  const here = startEngine();
+  let there: Engine | undefined;
+  try {
+    const { departure } = await here.depart(vm.id, call.action, messageOf(wish));
+    if (departure.nics.length === 0) return await stock(context.stdin);
+    there = startEngine(destination);
+    const arrival = {
+      vm: vm.id,
+      action: call.action,
+      nics: departure.nics,
+      unmapped: [],
+      source: { holder: ownIdentity(), links: departure.links },
+    };
+    const answer = await there.arrive({ ...arrival, when: 'resume' });
+    note(answer.warnings.map((warning) => `${destination}: ${warning}`));
+    if (answer.here) return await underVerdict(here, context.stdin);
+    return await moving(context, call, here, there, arrival);
+  } catch (cause) {
+    // Where it was asked nothing yet, there is nothing to undo.
+    await there?.close();
+    await settle(() => here.verdict('undo'));
+    throw cause;
+  } finally {
+    await there?.close();
+    await here.close();
+  }
+}
+
+/** The stock script moves the guest, both hosts follow. */
+async function moving(
+  { stdin }: Context,
+  call: OwnCall,
+  here: Engine,
+  there: Engine,
+  arrival: Omit<Parameters<Engine['arrive']>[0], 'when'>,
+): Promise<Ending> {
+  const { destination = '' } = call.args;
+  let isOver = false;
+  const abort = (why: string): void => {
+    if (isOver) return;
+    say(logText({ level: 'error', text: `${why}: the migration of VM ${call.vmId} is aborted` }));
+    void abortJob(call.vmId);
+  };
+  const deadline = setTimeout(() => abort(`it did not end within ${DEADLINE_MS} ms`), DEADLINE_MS);
+  const letGo = there.event().then(async (event) => {
+    if (event?.event === 'arrived') {
+      note(event.warnings.map((warning) => `${destination}: ${warning}`));
+      await settle(() => here.verdict('release'));
+      return;
+    }
+    if (event?.event === 'failed') complain(errorOf(event.error), `${destination} tries again at the end`);
+    // Nobody waits there any more, so the guest would come to a host where it has no address.
+    else abort(`the kvm-ib engine of ${destination} ended`);
+  });
+  let ending: Ending;
+  try {
+    ending = await stock(stdin);
+  } catch (error) {
+    isOver = true;
+    await settle(() => there.verdict('undo'));
+    throw error;
+  } finally {
+    isOver = true;
+    clearTimeout(deadline);
+  }
+  if (!succeeded(ending)) {
+    await settle(() => there.verdict('undo'));
+    await there.close();
+    await letGo;
+    await settle(() => here.verdict('undo'));
+    return ending;
+  }
+  const isThere = await there.verdict('commit').then(
+    (warnings) => {
+      note(warnings);
+      return true;
+    },
+    () => false,
+  );
+  await there.close();
+  await letGo;
+  await settle(() => here.verdict('commit'));
+  if (!isThere) await settle(() => arriveLate(destination, arrival));
+  return ending;
+}
+
+/** The engine of the destination was lost on the way, but the guest is there. */
+async function arriveLate(
+  destination: string,
+  arrival: Omit<Parameters<Engine['arrive']>[0], 'when'>,
+): Promise<readonly string[]> {
+  const there = startEngine(destination);
+  try {
+    const { warnings } = await there.arrive({ ...arrival, when: 'now' });
+    return [...warnings, ...(await there.verdict('commit'))];
+  } finally {
+    await there.close();
+  }
+}
+
+/** Ends the migration that libvirt is at, so that the stock script fails. When it is past that point, it goes on. */
+function abortJob(vm: number): Promise<void> {
+  const child = spawn(VIRSH, ['--connect', 'qemu:///system', 'domjobabort', domainName(vm)], { stdio: 'ignore' });
+  return new Promise((resolve) => {
+    child.on('error', () => resolve());
+    child.on('close', () => resolve());
+  });
+}
+
+/** A front-end has no guests: what runs there cannot follow one. */
 function refuseIfMapped(context: Context, call: OwnCall): Promise<Ending> {
   const vm = concernedVm(context, call);
   if (vm === undefined) return stock(context.stdin);
   throw new KvmIbError('unsupported', `Cannot ${call.action} VM ${vm.id}`, {
-    why: `it has a NIC on a bridge of kvm-ib, and this version does not do ${call.action} for such a VM yet`,
-    fix: `migrate it without --live, which saves and restores it: onevm migrate ${vm.id} HOST`,
+    why: 'it has a NIC on a bridge of kvm-ib, and its addresses can only be moved from the host that it runs on',
+    fix: 'take `-l migrate=migrate_local` out of ARGUMENTS of VM_MAD in /etc/one/oned.conf, then restart oned',
   });
 }
 

@@ -51,6 +51,10 @@ export function createDomains(exec: Exec): Domains {
       if (!names.has(domainName(vm))) return { kind: 'inactive' };
       return { kind: 'active', macs: (await interfaces([vm])).get(vm) };
     },
+    // Seen of libvirt 9.0: "starting up" for as long as a domain is prepared, then "migrating"; on the source "migrating" from the
+    // switch-over on.
+    isMoving: async (vm) =>
+      /^paused \((?:migrating|starting up)\)$/m.test((await ask('domstate', '--reason', domainName(vm))) ?? ''),
     interfaces,
   };
 }

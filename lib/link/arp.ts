@@ -9,6 +9,7 @@ import { ARPHRD, type Link, type OtherHolder } from './ports.ts';
 import { concat, u8, u16, u16be, u32 } from './wire.ts';
 
 const AF_PACKET = 17;
+const ETH_P_ALL = 0x0003;
 const ETH_P_IP = 0x0800;
 const ETH_P_ARP = 0x0806;
 const OPERATION = { request: 1, reply: 2 } as const;
@@ -141,6 +142,11 @@ function identity(type: number, address: Uint8Array): string {
 /** struct sockaddr_ll (packet(7)) to bind a socket to what ARP arrives on the link. */
 export function arpSockaddr(link: Link): Uint8Array {
   return concat(u16(AF_PACKET), u16be(ETH_P_ARP), u32(link.index), new Uint8Array(SOCKADDR_LL - 8));
+}
+
+/** struct sockaddr_ll (packet(7)) to bind a socket to every frame of a link. */
+export function everySockaddr(index: number): Uint8Array {
+  return concat(u16(AF_PACKET), u16be(ETH_P_ALL), u32(index), new Uint8Array(SOCKADDR_LL - 8));
 }
 
 /**

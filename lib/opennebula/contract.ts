@@ -22,7 +22,9 @@ export type Treatment =
   | 'sync-after'
   /** The stock script first; the mappings go when the domain has gone. */
   | 'release-after'
-  /** Not built yet: refused for a VM that has a mapping or a NIC on our bridges, passed through for any other. */
+  /** The destination is asked first; the mappings go over when the guest does. */
+  | 'move'
+  /** Cannot be followed from where it runs: refused for a VM that has a NIC on our bridges, passed through for any other. */
   | 'refuse-if-mapped'
   /** The stock script with argv, stdin, stdout, stderr and exit status untouched. */
   | 'pass';
@@ -56,7 +58,7 @@ export const ACTIONS = {
   cancel: shape('release-after', ['deployId', 'host']),
   save: shape('release-after', ['deployId', 'checkpointFile', 'host']),
   restore: shape('sync-before', ['checkpointFile', 'host', 'deployId']),
-  migrate: shape('refuse-if-mapped', ['deployId', 'destination', 'source']),
+  migrate: shape('move', ['deployId', 'destination', 'source']),
   migrate_local: shape('refuse-if-mapped', ['deployId', 'destination', 'source']),
   attach_nic: shape('sync-before', ['deployId', 'mac', 'bridge', 'model', 'vnMad', 'target']),
   detach_nic: shape('sync-after', ['deployId', 'mac']),

@@ -13,6 +13,7 @@ import type { DomainState, Holder, StateFile, VmWish } from '../core/state.ts';
 import { mappingsOf, wishOfDomain } from '../core/state.ts';
 import { apply } from './apply.ts';
 import type { Host } from './host.ts';
+import { gatewaysOf, introduce } from './introduce.ts';
 import { observeBridge, observeMappings } from './observe.ts';
 import { createProbing } from './probe.ts';
 import type { DomainView, PendingFile, SyncRequest, SyncResult } from './sync.ts';
@@ -43,9 +44,12 @@ export interface ActionRequest {
   readonly detachedAliases?: readonly number[];
 }
 
-/** Before the stock script starts the domain: the kernel holds the wish, the file is pending. */
-export function start(host: Host, request: ActionRequest): Promise<SyncResult> {
-  return sync(host, { ...plain(request), pending: true });
+/**
+ * Before the stock script starts the domain: the kernel holds the wish, the file is pending.
+ * @param except hardware addresses of hosts that may still have the addresses, as `ip link` writes them
+ */
+export function start(host: Host, request: ActionRequest, except: readonly string[] = []): Promise<SyncResult> {
+  return sync(host, { ...plain(request), pending: true, except });
 }
 
 /** Before the stock script changes a running domain: as `start`, for the NICs that it has and those that are attached. */
@@ -97,11 +101,19 @@ export function finish(host: Host, request: ActionRequest): Promise<SyncResult> 
  * @param wish what the action mapped: taken up again when its file is gone but the domain is there, as after a
  *   `kvm-ib remove` that came in between
  */
-export function commit(host: Host, owner: VmOwner, holder: Holder, wish: readonly Mapping[] = []): Promise<SyncResult> {
-  return host.withLock(`commit ${ownerName(owner)}`, async () => {
+export async function commit(
+  host: Host,
+  owner: VmOwner,
+  holder: Holder,
+  wish: readonly Mapping[] = [],
+): Promise<SyncResult> {
+  let greeted: readonly Mapping[] = [];
+  const result = await host.withLock(`commit ${ownerName(owner)}`, async () => {
     const file = host.store.read(owner);
     const own = pendingBy(file, holder);
     if (own !== undefined) {
+      // It may have been saved on another host. The lock is not held for it.
+      if (own.phase.action === 'restore') greeted = own.mappings;
       const isGone = own.phase.overtaken === true && (await host.domains.state(owner.vm)).kind === 'inactive';
       return isGone ? syncLocked(host, { owner, wish: [], action: 'commit', holder }) : activate(host, own);
     }
@@ -116,6 +128,8 @@ export function commit(host: Host, owner: VmOwner, holder: Holder, wish: readonl
     const isActive = (await host.domains.state(owner.vm)).kind === 'active';
     return isActive ? syncLocked(host, { owner, wish, action: 'commit', holder }) : nothingDone(owner);
   });
+  if (greeted.length > 0) await introduce(host, greeted, await gatewaysOf(host, greeted));
+  return result;
 }
 
 /** A VM without a mapping, as one whose only NIC has IB_IP=none, has no file; but its taps are ports of our bridges. */
@@ -242,7 +256,7 @@ function plain({ owner, action, holder, wish, detachedAliases = [] }: ActionRequ
   return { owner, action, holder, wish: wish.mappings, detachedAliases };
 }
 
-function viewOf({ owner, wish, keep = () => false }: ActionRequest): DomainView {
+export function viewOf({ owner, wish, keep = () => false }: ActionRequest): DomainView {
   return { vm: owner.vm, unmapped: wish.unmapped, attaching: wish.attaching, keep };
 }
 

@@ -49,6 +49,8 @@ export interface Domains {
   active(): Promise<ReadonlySet<string> | undefined>;
   /** One VM's domain, and the interfaces that it has. */
   state(vm: number): Promise<DomainState>;
+  /** Whether its domain is active, but has not begun to run here, or has stopped in order to run on another host. */
+  isMoving(vm: number): Promise<boolean>;
   /** Hardware addresses of the interfaces of active domains, by VM; without an entry libvirt did not say. */
   interfaces(vms: readonly number[]): Promise<ReadonlyMap<number, ReadonlySet<Mac>>>;
 }

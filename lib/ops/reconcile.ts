@@ -11,7 +11,7 @@ import type { Change, Desired, Observed } from '../core/plan.ts';
 import { plan } from '../core/plan.ts';
 import { networksText, printTableRecord } from '../core/served.ts';
 import type { StateFile, Verdict } from '../core/state.ts';
-import { isOfBoot, mappingsOf, verdictOf, wishOfDomain } from '../core/state.ts';
+import { isOfBoot, mappingsOf, presentMappings, verdictOf, wishOfDomain } from '../core/state.ts';
 import type { RepeatItem } from '../link/ports.ts';
 import type { TableSpec } from '../nat/engine.ts';
 import { rulesetTag } from '../nat/ruleset.ts';
@@ -70,7 +70,12 @@ export async function readIntent(host: Host): Promise<Intent> {
   const { files: stored, unreadable } = host.store.all();
   const vms = stored.some((file) => file.owner.kind === 'vm');
   const active = vms ? await host.domains.active() : new Set<string>();
-  const read = stored.map((file) => entryOf(host, file, active));
+  const moving = new Set<number>();
+  for (const { owner, phase } of stored) {
+    const mayMove = owner.kind === 'vm' && phase.name === 'pending' && !host.processes.isAlive(phase.holder);
+    if (mayMove && active?.has(domainName(owner.vm)) && (await host.domains.isMoving(owner.vm))) moving.add(owner.vm);
+  }
+  const read = stored.map((file) => entryOf(host, file, active, moving));
   const running = read.flatMap(({ file, verdict, running: is }) =>
     file.owner.kind === 'vm' && verdict === 'keep' && is ? [file.owner.vm] : [],
   );
@@ -102,7 +107,12 @@ function statics(host: Host): readonly (readonly [Extract<Owner, { kind: 'static
   ]);
 }
 
-function entryOf(host: Host, file: StateFile, active: ReadonlySet<string> | undefined): Entry {
+function entryOf(
+  host: Host,
+  file: StateFile,
+  active: ReadonlySet<string> | undefined,
+  moving: ReadonlySet<number>,
+): Entry {
   const { owner, phase } = file;
   if (owner.kind === 'static' && !host.config.static.some((entry) => entry.guest === owner.guest)) {
     const why = 'it is no longer under `static` in the configuration';
@@ -110,8 +120,11 @@ function entryOf(host: Host, file: StateFile, active: ReadonlySet<string> | unde
   }
   const alive = phase.name === 'pending' && host.processes.isAlive(phase.holder);
   const running = owner.kind === 'vm' ? active?.has(domainName(owner.vm)) : undefined;
-  const verdict = verdictOf(file, alive, running, host.processes.bootId());
-  return { file, stored: file, verdict, why: reason(file, verdict, alive), running };
+  const isMoving = owner.kind === 'vm' && moving.has(owner.vm);
+  const verdict = verdictOf(file, alive, running, host.processes.bootId(), isMoving);
+  const why =
+    verdict === 'leave' && isMoving ? 'its domain is on its way between two hosts' : reason(file, verdict, alive);
+  return { file, stored: file, verdict, why, running };
 }
 
 /**
@@ -285,7 +298,7 @@ export async function reconcileLocked(host: Host, dryRun: boolean): Promise<Reco
     const bootId = host.processes.bootId();
     const mappings = intent.entries
       .filter((e) => e.verdict !== 'release' && isOfBoot(e.file, bootId))
-      .flatMap((e) => e.file.mappings);
+      .flatMap((e) => (e.verdict === 'keep' ? e.file.mappings : presentMappings(e.file)));
     flushed += await loadTable(host, view.spec, mappings, view.table);
     view = await observeHost(host, standing, keep);
   }
@@ -357,7 +370,7 @@ export async function reconcileLocked(host: Host, dryRun: boolean): Promise<Reco
   const needed = neededSpec(host, remaining, view.addresses, keep);
   if (isSpare(view.spec, needed)) {
     try {
-      const held = files.flatMap((file) => file.mappings);
+      const held = files.flatMap(presentMappings);
       flushed += await loadTable(host, needed, held, (await observeHost(host, remaining, keep)).table);
       table.push(SPARE);
     } catch (error) {

@@ -10,7 +10,7 @@ import type { Change } from '../core/plan.ts';
 import { plan } from '../core/plan.ts';
 import { networkOfLinks, networksText } from '../core/served.ts';
 import type { DomainState, Holder, Phase, StateFile } from '../core/state.ts';
-import { mappingsOf, STATE_VERSION, wishOfDomain } from '../core/state.ts';
+import { mappingsOf, presentMappings, STATE_VERSION, wishOfDomain } from '../core/state.ts';
 import type { JournalPhase } from '../import/phase.ts';
 import type { ObservedPairs, TableSpec } from '../nat/engine.ts';
 import { rulesetTag } from '../nat/ruleset.ts';
@@ -398,7 +398,7 @@ function refuseOwnAddresses(
  * The table is made off the action path, by reconcile at boot. When it is not there, or was made for another
  * configuration, this action makes it whole: with every mapping that this host should have.
  */
-async function ensureTable(host: Host, wish: readonly Mapping[], mappings: readonly Mapping[]): Promise<void> {
+export async function ensureTable(host: Host, wish: readonly Mapping[], mappings: readonly Mapping[]): Promise<void> {
   const record = host.store.readTable();
   if (record !== undefined && isLoadedFor(record, host.config, wish)) {
     const { table, tag } = await host.nat.lookup(mappings.slice(0, 1).map(pairOf));
@@ -413,7 +413,7 @@ async function ensureTable(host: Host, wish: readonly Mapping[], mappings: reado
   refuseOwnAddresses(host, wish, spec.hostAddresses);
   // A configuration that names a wrong link must not reach the packets of the mappings that work.
   await refuseMissingLinks(host, wish);
-  const held = files.flatMap((file) => file.mappings);
+  const held = files.flatMap(presentMappings);
   await loadTable(host, spec, held, await host.nat.list(spec));
 }
 

@@ -460,7 +460,8 @@ describe('on a front-end, below another root', () => {
 
   test('as hooks of another network driver, which keeps its name', async () => {
     for (const name of ['dummy', 'bridge', 'nodeport']) put(`${remotes}/vnm/${name}/pre`, '#!/bin/sh\n', 0o755);
-    for (const path of ['', ...everything(at(`${remotes}/vnm`))]) chownSync(at(`${remotes}/vnm${path}`), NOBODY, NOBODY);
+    for (const path of ['', ...everything(at(`${remotes}/vnm`))])
+      chownSync(at(`${remotes}/vnm${path}`), NOBODY, NOBODY);
     const directory = at('/templates');
     const { notes } = await report(['install', 'front-end', '--hooks-of', 'bridge,dummy', '--templates', directory]);
     for (const name of ['bridge', 'dummy']) {

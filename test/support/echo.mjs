@@ -40,6 +40,11 @@ function checked(result, what) {
 
 /** Runs `act` in a namespace, one at a time: Node makes some sockets only in a later tick. */
 let last = Promise.resolve();
+/**
+ * Source ports of UDP, below those that the kernel gives (ip_local_port_range): never one twice, since a flow that ended is tracked
+ * for half a minute, and another with its ports would get its translation.
+ */
+let sourcePort = 10_000;
 function within(name, act) {
   const result = last.then(async () => {
     const entry = namespaces.get(name) ?? { fd: openSync(`/run/netns/${name}`, 'r'), name };
@@ -319,7 +324,8 @@ function openUdp(id, ns, to, source, port) {
     close: () => udp.close(),
   });
   return within(ns, async () => {
-    await new Promise((resolve) => udp.bind(0, source ?? '0.0.0.0', resolve));
+    sourcePort = sourcePort === 32_767 ? 10_000 : sourcePort + 1;
+    await new Promise((resolve) => udp.bind(sourcePort, source ?? '0.0.0.0', resolve));
     return new Promise((resolve) => udp.connect(port, to, (error) => resolve(error ? word(error) : 'open')));
   });
 }

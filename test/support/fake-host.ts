@@ -66,6 +66,8 @@ export interface FakeHost extends Host {
   active: Set<number> | undefined;
   /** Hardware addresses of the interfaces of a domain; without an entry libvirt does not say. */
   readonly interfaces: Map<number, readonly string[]>;
+  /** VMs on their way between two hosts. */
+  readonly moving: Set<number>;
   bootId: string;
   readonly dead: Set<number>;
   announcementError: string | undefined;
@@ -129,6 +131,7 @@ export function createFakeHost(config: Config, options: FakeHostOptions = {}): F
     dead,
     active: new Set(),
     interfaces: new Map(),
+    moving: new Set(),
     bootId: BOOT,
     announcementError: undefined,
     repeatError: undefined,
@@ -223,6 +226,7 @@ export function createFakeHost(config: Config, options: FakeHostOptions = {}): F
         log.push(`domain ${vm}`);
         return stateOf(host, vm);
       },
+      isMoving: async (vm) => host.moving.has(vm),
       interfaces: async (vms) => interfacesOf(host, vms),
     },
     processes: { isAlive: (holder) => !dead.has(holder.pid), bootId: () => host.bootId },

@@ -114,6 +114,8 @@ export interface RealHost extends Host {
   /** Active domains by VM id; undefined: libvirt does not answer. */
   active: Set<number> | undefined;
   readonly interfaces: Map<number, readonly string[]>;
+  /** VMs on their way between two hosts. */
+  readonly moving: Set<number>;
   /** Pids that are taken to be dead. */
   readonly dead: Set<number>;
   /** Every command that reached nft: its JSON, or its arguments. */
@@ -130,6 +132,7 @@ export async function createRealHost(config: Config = CONFIG, directory = tempor
     config,
     active: new Set(),
     interfaces: new Map(),
+    moving: new Set(),
     dead,
     nftInput,
     nat: createNftEngine({
@@ -149,6 +152,7 @@ export async function createRealHost(config: Config = CONFIG, directory = tempor
     domains: {
       active: async () => (host.active === undefined ? undefined : new Set([...host.active].map((vm) => `one-${vm}`))),
       state: async (vm) => stateOf(host, vm),
+      isMoving: async (vm) => host.moving.has(vm),
       interfaces: async (vms) => interfacesOf(host, vms),
     },
     processes: { isAlive: (holder) => !dead.has(holder.pid), bootId: () => BOOT },

@@ -50,7 +50,7 @@ describe('parseActionCall', () => {
   test.each([
     ['save', 'release-after', [UUID, '/c', 'h1'], { deployId: UUID, checkpointFile: '/c', host: 'h1' }],
     ['restore', 'sync-before', ['/c', 'h1', UUID], { checkpointFile: '/c', host: 'h1', deployId: UUID }],
-    ['migrate', 'refuse-if-mapped', [UUID, 'h2', 'h1'], { deployId: UUID, destination: 'h2', source: 'h1' }],
+    ['migrate', 'move', [UUID, 'h2', 'h1'], { deployId: UUID, destination: 'h2', source: 'h1' }],
     [
       'attach_nic',
       'sync-before',
@@ -89,7 +89,8 @@ describe('parseActionCall', () => {
     expect(by('check-before')).toEqual(['prereconfigure']);
     expect(by('sync-after')).toEqual(['detach_nic', 'reconfigure', 'snapshot_revert']);
     expect(by('release-after')).toEqual(['shutdown', 'cancel', 'save']);
-    expect(by('refuse-if-mapped')).toEqual(['migrate', 'migrate_local']);
+    expect(by('move')).toEqual(['migrate']);
+    expect(by('refuse-if-mapped')).toEqual(['migrate_local']);
     expect(Object.values(ACTIONS).filter((action) => action.stdin === 'domain')).toEqual([ACTIONS.deploy]);
   });
 

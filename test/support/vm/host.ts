@@ -34,6 +34,15 @@ export interface HostOptions {
   readonly netns?: string;
   /** An existing empty folder. */
   readonly folder: string;
+  /** A folder round `folder` that the host sees too, at the same path: several hosts have the same one. */
+  readonly shared?: string;
+  /** Addresses by name, for /etc/hosts; absent: its own name is 127.0.0.1. */
+  readonly addresses?: Readonly<Record<string, string>>;
+  /**
+   * Puts copy-on-write layers over /etc, /usr, /var and /tmp, so that kvm-ib and others can be installed here. Value: the root
+   * of unpacked packages that are seen as if they were installed, or ''.
+   */
+  readonly layers?: string;
 }
 
 const PATH = '/usr/sbin:/usr/bin:/sbin:/bin';
@@ -50,9 +59,18 @@ mount --bind "$2" /mnt
 mount -t tmpfs tmpfs /run
 mkdir -p /run/lock /run/kvm-ib "$2"
 mount --move /mnt "$2"
-printf '127.0.0.1 localhost %s\\n' "$1" > /run/hosts
+printf '%s' "$3" > /run/hosts
+if [ "$4" = layers ]; then
+  for name in etc usr var tmp; do
+    mkdir -p "/run/layers/$name" "/run/layers/$name.work"
+    chmod --reference="/$name" "/run/layers/$name"
+    lower=/$name
+    [ -z "$5" ] || [ ! -d "$5/$name" ] || lower=$5/$name:/$name
+    mount -t overlay overlay -o "lowerdir=$lower,upperdir=/run/layers/$name,workdir=/run/layers/$name.work" "/$name"
+  done
+fi
 mount --bind /run/hosts /etc/hosts
-shift 2
+shift 5
 for folder; do mount -t tmpfs tmpfs "$folder"; done
 echo up
 exec 1>&-
@@ -67,7 +85,13 @@ export async function startHost(options: HostOptions): Promise<Host> {
   }
   const enter = options.netns === undefined ? [] : ['/usr/sbin/ip', 'netns', 'exec', options.netns];
   const unshare = ['/usr/bin/unshare', '--mount', '--uts', '--pid', '--fork', '--kill-child', '--mount-proc'];
-  const init = ['/bin/bash', '-c', INIT, 'host', options.name, options.folder, ...LIBVIRT_FOLDERS];
+  const hosts = Object.entries(options.addresses ?? { [options.name]: '127.0.0.1' });
+  const init = [
+    ...['/bin/bash', '-c', INIT, 'host', options.name, options.shared ?? options.folder],
+    ['127.0.0.1 localhost\n', ...hosts.map(([name, address]) => `${address} ${name}\n`)].join(''),
+    ...(options.layers === undefined ? ['', ''] : ['layers', options.layers]),
+    ...LIBVIRT_FOLDERS,
+  ];
   const [program = '', ...args] = [...enter, ...unshare, ...init];
   const child = spawn(program, args, {
     stdio: ['pipe', 'pipe', 'pipe'],
@@ -139,6 +163,7 @@ export async function startLibvirt(host: Host): Promise<Libvirt> {
       `host_uuid = "${uuid.trim()}"`,
       'auth_unix_ro = "none"',
       'auth_unix_rw = "none"',
+      'unix_sock_rw_perms = "0777"',
       `log_outputs = "3:file:${logFile}"`,
     ],
     '/etc/libvirt/qemu.conf': [
@@ -181,13 +206,13 @@ export async function startLibvirt(host: Host): Promise<Libvirt> {
 export async function startNetwork(
   host: Host,
   libvirt: Libvirt,
-  net: { readonly bridge: string; readonly address: string; readonly mtu: number },
+  net: { readonly bridge: string; readonly address: string; readonly mtu: number; readonly mac?: string },
 ): Promise<void> {
   const path = '/run/kvm-ib-network.xml';
   const xml = `<network>
   <name>kvm-ib</name>
   <forward mode='open'/>
-  <bridge name='${net.bridge}' stp='off' delay='0'/>
+  <bridge name='${net.bridge}' stp='off' delay='0'/>${net.mac === undefined ? '' : `\n  <mac address='${net.mac}'/>`}
   <mtu size='${net.mtu}'/>
   <dns enable='no'/>
   <ip address='${net.address}' netmask='255.255.255.0'/>

@@ -70,22 +70,28 @@ export interface Listener {
 
 const ip = (...args: readonly string[]) => runTool(['/usr/sbin/ip', ...args]);
 
+/** What takes a lab down again, in the order in which it was built. */
+export type Undo = (() => Promise<unknown>)[];
+
+/** Undoes all that was built, the last first. @throws AggregateError when a step failed; the others are done */
+export async function takeDown(undo: Undo): Promise<void> {
+  const failures: unknown[] = [];
+  for (let step = undo.pop(); step !== undefined; step = undo.pop()) {
+    try {
+      await step();
+    } catch (error) {
+      failures.push(error);
+    }
+  }
+  if (failures.length > 0) throw new AggregateError(failures, 'Cannot take the lab down');
+}
+
 /** Builds the lab, with libvirt and its network running. What was built is taken down again when a step fails. */
 export async function startVmLab(): Promise<VmLab> {
   // A tmpfs that scripts/in-netns.sh mounted: it vanishes with the namespace even when this process is killed.
   const folder = mkdtempSync('/run/kvm-ib/vm-');
-  const undo: (() => Promise<unknown>)[] = [async () => rmSync(folder, { recursive: true, force: true })];
-  const stop = async () => {
-    const failures: unknown[] = [];
-    for (let step = undo.pop(); step !== undefined; step = undo.pop()) {
-      try {
-        await step();
-      } catch (error) {
-        failures.push(error);
-      }
-    }
-    if (failures.length > 0) throw new AggregateError(failures, 'Cannot take the lab down');
-  };
+  const undo: Undo = [async () => rmSync(folder, { recursive: true, force: true })];
+  const stop = () => takeDown(undo);
   try {
     for (const name of [HOST_NETNS, OUTSIDE_NETNS]) {
       await ip('netns', 'add', name);
@@ -107,21 +113,16 @@ export async function startVmLab(): Promise<VmLab> {
     const libvirt = await startLibvirt(host);
     undo.push(libvirt.stop);
     await startNetwork(host, libvirt, { bridge: BRIDGE.name, address: BRIDGE.address, mtu: FABRIC.mtu });
-    return { host, libvirt, outside: outsideClient(), stop };
+    return { host, libvirt, outside: outsideClient(OUTSIDE_NETNS), stop };
   } catch (error) {
     await stop().catch((failure: unknown) => console.error(failure));
     throw error;
   }
 }
 
-function outsideClient(): Outside {
-  const within = (argv: readonly string[]): [string, ...string[]] => [
-    '/usr/sbin/ip',
-    'netns',
-    'exec',
-    OUTSIDE_NETNS,
-    ...argv,
-  ];
+/** A client on the fabric: a network namespace with an ib0 that has the address `FABRIC.outside`. */
+export function outsideClient(netns: string): Outside {
+  const within = (argv: readonly string[]): [string, ...string[]] => ['/usr/sbin/ip', 'netns', 'exec', netns, ...argv];
   const post = async (address: string, path: string, body: string) => {
     const answer = await tryTool(within([process.execPath, PEER, 'post', address, path]), { input: body });
     const [seen = '', ...problems] = answer.stderr.split('\n');

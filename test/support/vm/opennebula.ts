@@ -221,13 +221,32 @@ function contextFields(vm: TestVm, leaving: readonly number[]): Readonly<Record<
   return { ...fields, NETWORK: 'YES', TARGET: CONTEXT_DEVICE };
 }
 
-/** VMM_DRIVER_ACTION_DATA, which every action but deploy gets on its standard input since 5.0. One line, no declaration. */
-export function actionData(vm: TestVm, hostName: string): string {
+/** Where a migration goes, as the action data says it. */
+export interface TestMigration {
+  readonly to: string;
+  /** False: the disks are copied, and the guest arrives paused. */
+  readonly shared?: boolean;
+  /** Directory of the VM on the destination. */
+  readonly home?: string;
+}
+
+/**
+ * VMM_DRIVER_ACTION_DATA, which every action but deploy gets on its standard input since 5.0. One line, no declaration.
+ * While a VM migrates its history names the destination already; `hostName` is the source.
+ */
+export function actionData(vm: TestVm, hostName: string, migration?: TestMigration): string {
+  const moved: TestVm = migration === undefined ? vm : { ...vm, lcmState: vm.lcmState ?? 4 };
+  const shared = migration?.shared === false ? 'NO' : 'YES';
   return (
-    `<VMM_DRIVER_ACTION_DATA><HOST>${hostName}</HOST><MIGR_HOST/><DEPLOY_ID>${vm.uuid}</DEPLOY_ID>` +
+    `<VMM_DRIVER_ACTION_DATA><HOST>${hostName}</HOST>` +
+    (migration === undefined ? '<MIGR_HOST/>' : `<MIGR_HOST>${migration.to}</MIGR_HOST>`) +
+    `<DEPLOY_ID>${vm.uuid}</DEPLOY_ID>` +
     '<LOCAL_DEPLOYMENT_FILE/><REMOTE_DEPLOYMENT_FILE/><CHECKPOINT_FILE/><TM_COMMAND/><TM_COMMAND_ROLLBACK/>' +
-    `<DISK_TARGET_PATH/>${vmXml(vm, hostName)}<DATASTORE><ID>0</ID><NAME>system</NAME>` +
-    '<TM_MAD><![CDATA[qcow2]]></TM_MAD><BASE_PATH><![CDATA[/var/lib/one//datastores/0]]></BASE_PATH></DATASTORE></VMM_DRIVER_ACTION_DATA>'
+    (migration?.home === undefined ? '<DISK_TARGET_PATH/>' : `<DISK_TARGET_PATH>${migration.home}</DISK_TARGET_PATH>`) +
+    `${vmXml(moved, migration?.to ?? hostName)}<DATASTORE><ID>0</ID><NAME>system</NAME>` +
+    '<TM_MAD><![CDATA[qcow2]]></TM_MAD><BASE_PATH><![CDATA[/var/lib/one//datastores/0]]></BASE_PATH>' +
+    (migration === undefined ? '' : `<TEMPLATE><SHARED><![CDATA[${shared}]]></SHARED></TEMPLATE>`) +
+    '</DATASTORE></VMM_DRIVER_ACTION_DATA>'
   );
 }
 
@@ -318,6 +337,25 @@ restore() { try "Could not restore from $1" $VIRSH restore "$1" --xml "$1.xml"; 
 again "$VIRSH_RETRIES" restore "$1" || exit 1
 rm "$1" "$1.xml"
 `,
+  // Shared storage, or disks that virsh copies: then the guest arrives paused, what virsh does not copy follows, and the
+  // script has it resumed. Metadata of snapshots would make libvirt refuse. A failure is cleaned up on the destination.
+  migrate: `DATA=$(cat)
+there="$QEMU_PROTOCOL://$2/system"
+for snapshot in $($VIRSH snapshot-list "$1" --name 2> /dev/null); do
+  try "Failed to delete snapshot $snapshot from $1" $VIRSH snapshot-delete "$1" --snapshotname "$snapshot" --metadata
+done
+shared=$(value /VMM_DRIVER_ACTION_DATA/DATASTORE/TEMPLATE/SHARED)
+options="--live $MIGRATE_OPTIONS"
+[ "$shared" = YES ] || options="$options --suspend"
+status=0
+$VIRSH migrate $options "$1" "$there" || status=$?
+if [ "$status" -ne 0 ]; then
+  for action in destroy undefine; do virsh --connect "$there" "$action" "$1" > /dev/null 2>&1; done
+  error "Could not migrate $1 to $2"
+  exit "$status"
+fi
+[ "$shared" = YES ] || try "Could not resume $1 on $2" virsh --connect "$there" resume "$1"
+`,
   attach_nic: `DATA=$(cat)
 nic='//NIC[ATTACH="YES"]'
 model=$(value "$nic/MODEL")
@@ -359,6 +397,7 @@ awk '{ print $3 }' <<< "$said"
 
 const KVMRC = `export LANG=C
 export LIBVIRT_URI=qemu:///system
+export QEMU_PROTOCOL=qemu+ssh
 export SHUTDOWN_TIMEOUT=30
 export VIRSH_RETRIES=3
 export DEFAULT_ATTACH_NIC_MODEL=virtio
@@ -372,6 +411,14 @@ export DEFAULT_ATTACH_NIC_MODEL=virtio
  */
 export function writeRemotes(folder: string): string {
   const remotes = join(folder, 'remotes');
+  writeStock(remotes);
+  cpSync(join(repository, 'drivers/vmm/kvm-ib'), join(remotes, 'vmm/kvm-ib'), { recursive: true, dereference: true });
+  symlinkSync(join(repository, 'dist'), join(folder, 'dist'));
+  return join(remotes, 'vmm');
+}
+
+/** Stock-shaped scripts in `<remotes>/vmm/kvm`, and the two files that they read. */
+export function writeStock(remotes: string): void {
   const etc = join(remotes, 'etc/vmm/kvm');
   const kvm = join(remotes, 'vmm/kvm');
   for (const path of [etc, kvm]) mkdirSync(path, { recursive: true });
@@ -384,9 +431,6 @@ source "$(dirname "$0")/../../scripts_common.sh"
 `;
     writeScript(join(kvm, action), `${head}${body}`);
   }
-  cpSync(join(repository, 'drivers/vmm/kvm-ib'), join(remotes, 'vmm/kvm-ib'), { recursive: true, dereference: true });
-  symlinkSync(join(repository, 'dist'), join(folder, 'dist'));
-  return join(remotes, 'vmm');
 }
 
 export function writeScript(path: string, text: string): void {
@@ -395,7 +439,16 @@ export function writeScript(path: string, text: string): void {
 }
 
 export interface DriverCall {
-  readonly host: Host;
+  /** Where the shell is started. */
+  readonly host: Pick<Host, 'inside'>;
+  /**
+   * Starts the shell by this argv, as ssh from the front-end does, with exactly this environment; absent: in the host, as root,
+   * with what sshd gives a session.
+   */
+  readonly ssh?: {
+    readonly argv: readonly [string, ...string[]];
+    readonly env: Readonly<Record<string, string>>;
+  };
   /** Absolute path of the driver script on the host. */
   readonly script: string;
   /** The action's own arguments; VM id and host name follow by themselves. */
@@ -443,8 +496,8 @@ const END_ERR = /^ExitCode: (\d*) EOF_ERR\n/m;
  */
 export async function callAsOneVmmExec(call: DriverCall): Promise<DriverAnswer> {
   const env = Object.entries({ ...SSH_ENV, ...call.env }).map(([name, value]) => `${name}=${value}`);
-  const [program, ...args] = call.host.inside(['/usr/bin/env', '-i', ...env, '/bin/bash', '-s']);
-  const shell = spawn(program, args, { stdio: ['pipe', 'pipe', 'pipe'] });
+  const [program, ...args] = call.ssh?.argv ?? call.host.inside(['/usr/bin/env', '-i', ...env, '/bin/bash', '-s']);
+  const shell = spawn(program, args, { stdio: ['pipe', 'pipe', 'pipe'], env: call.ssh?.env });
   try {
     let out = '';
     let err = '';

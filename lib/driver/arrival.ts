@@ -1,0 +1,152 @@
+/** The engine while a VM comes to this host: checks, waits for the guest, cuts over, and goes on alone when nobody asks any more. */
+
+import type { LinkName } from '../core/address.ts';
+import { resolveMapping } from '../core/config.ts';
+import { errorReport, toKvmIbError } from '../core/errors.ts';
+import { watchArrival } from '../host/arrivals.ts';
+import type { createLineReader } from '../host/lines.ts';
+import { ownIdentity } from '../host/process.ts';
+import { commit, start, undo } from '../ops/actions.ts';
+import type { Host } from '../ops/host.ts';
+import { introduce } from '../ops/introduce.ts';
+import type { Arrival } from '../ops/migrate.ts';
+import { arrived, expect, notArrived, takeOver } from '../ops/migrate.ts';
+import type { SyncResult } from '../ops/sync.ts';
+import { pendingBy } from '../ops/sync.ts';
+import type { ArriveMessage, Verdict } from './protocol.ts';
+import { parseVerdict } from './protocol.ts';
+
+/** Between two looks at the domain, when no verdict will come. */
+const LOOK_MS = 500;
+/** A domain that has not come until then does not come: its deploy failed, or its migration never began. */
+const GRACE_MS = 300_000;
+/** One that is still on its way then is left to reconcile. */
+const LIMIT_MS = 24 * 3_600_000;
+
+/** What the engine says on the way. */
+export interface Voice {
+  accept(result: SyncResult): void;
+  here(): void;
+  event(
+    event:
+      | { readonly event: 'arrived'; readonly warnings: readonly string[] }
+      | { readonly event: 'failed'; readonly error: object },
+  ): void;
+}
+
+export async function serveArrival(
+  host: Host,
+  message: ArriveMessage,
+  lines: ReturnType<typeof createLineReader>,
+  voice: Voice,
+): Promise<void> {
+  const arrival = arrivalOf(host, message);
+  const { owner } = arrival;
+  if (message.source !== null && pendingBy(host.store.read(owner), message.source.holder) !== undefined) {
+    voice.here();
+    return;
+  }
+  if (message.when === 'now') return serveNow(host, arrival, message, lines, voice);
+
+  const result = await expect(host, arrival);
+  const taps = arrival.mappings.flatMap(({ vm, nic }) => (nic === null ? [] : [`one-${vm}-${nic}` as LinkName]));
+  const watch = watchArrival(host.links, owner.vm, taps);
+  let cutOver: Promise<void> = Promise.resolve();
+  void watch.arrived.then(() => {
+    cutOver = takeOver(host, arrival, result.gateways).then(
+      ({ warnings }) => {
+        voice.event({ event: 'arrived', warnings });
+        return introduce(host, arrival.mappings, result.gateways);
+      },
+      (cause: unknown) => voice.event({ event: 'failed', error: errorReport(toKvmIbError(cause)) }),
+    );
+  });
+  try {
+    voice.accept(result);
+    await conclude(lines, voice, () => watch.close(), {
+      commit: async () => {
+        await cutOver;
+        return arrived(host, arrival, result.gateways);
+      },
+      undo: async () => {
+        await cutOver;
+        return notArrived(host, arrival);
+      },
+      state: () => stateOf(host, owner.vm),
+    });
+  } finally {
+    watch.close();
+  }
+}
+
+async function serveNow(
+  host: Host,
+  { owner, action, holder, mappings, links }: Arrival,
+  { unmapped }: ArriveMessage,
+  lines: ReturnType<typeof createLineReader>,
+  voice: Voice,
+): Promise<void> {
+  const except = links.map(({ hardware }) => hardware);
+  voice.accept(await start(host, { owner, action, holder, wish: { mappings, unmapped, attaching: [] } }, except));
+  await conclude(lines, voice, () => undefined, {
+    commit: () => commit(host, owner, holder, mappings),
+    undo: () => undo(host, owner, holder, action),
+    state: () => stateOf(host, owner.vm),
+  });
+}
+
+interface Ends {
+  commit(): Promise<SyncResult>;
+  undo(): Promise<SyncResult>;
+  state(): Promise<'here' | 'moving' | 'gone' | 'unknown'>;
+}
+
+/** Waits for the verdict; without one libvirt decides. */
+async function conclude(
+  lines: ReturnType<typeof createLineReader>,
+  voice: Voice,
+  stopWatching: () => void,
+  ends: Ends,
+): Promise<void> {
+  const line = await lines.next();
+  const verdict: Verdict | undefined = line === undefined ? await withoutVerdict(ends) : parseVerdict(line);
+  stopWatching();
+  if (verdict === undefined) return;
+  voice.accept(await (verdict === 'undo' ? ends.undo() : ends.commit()));
+}
+
+/** @returns undefined when nobody can tell: the file stays pending, and reconcile decides */
+async function withoutVerdict(ends: Ends): Promise<'commit' | 'undo' | undefined> {
+  const began = performance.now();
+  let wasThere = false;
+  for (;;) {
+    const state = await ends.state();
+    const waited = performance.now() - began;
+    if (state === 'here') return 'commit';
+    if (state === 'gone' && (wasThere || waited > GRACE_MS)) return 'undo';
+    if (waited > (state === 'moving' ? LIMIT_MS : GRACE_MS)) return undefined;
+    if (state === 'moving') wasThere = true;
+    await new Promise((resolve) => setTimeout(resolve, LOOK_MS));
+  }
+}
+
+async function stateOf(host: Host, vm: number): Promise<'here' | 'moving' | 'gone' | 'unknown'> {
+  const { kind } = await host.domains.state(vm);
+  if (kind !== 'active') return kind === 'inactive' ? 'gone' : 'unknown';
+  return (await host.domains.isMoving(vm)) ? 'moving' : 'here';
+}
+
+/** The request held against the configuration of this host. */
+function arrivalOf(host: Host, { vm, action, nics, source }: ArriveMessage): Arrival {
+  const mappings = nics.map(({ held: _, ...nic }) =>
+    resolveMapping(host.config, { ...nic, address: nic.address ?? undefined, vm }),
+  );
+  return {
+    owner: { kind: 'vm', vm },
+    action,
+    holder: ownIdentity(),
+    mappings,
+    expected: new Map(nics.flatMap(({ guest, held }) => (held === null ? [] : [[guest, held] as const]))),
+    links: source?.links ?? [],
+  };
+}

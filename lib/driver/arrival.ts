@@ -10,7 +10,7 @@ import { commit, start, undo } from '../ops/actions.ts';
 import type { Host } from '../ops/host.ts';
 import { introduce } from '../ops/introduce.ts';
 import type { Arrival } from '../ops/migrate.ts';
-import { arrived, expect, notArrived, takeOver } from '../ops/migrate.ts';
+import { arrived, expect, giveUp, notArrived, refuseSecondOwner, takeOver } from '../ops/migrate.ts';
 import type { SyncResult } from '../ops/sync.ts';
 import { pendingBy } from '../ops/sync.ts';
 import type { ArriveMessage, Verdict } from './protocol.ts';
@@ -52,9 +52,12 @@ export async function serveArrival(
   const taps = arrival.mappings.flatMap(({ vm, nic }) => (nic === null ? [] : [`one-${vm}-${nic}` as LinkName]));
   const watch = watchArrival(host.links, owner.vm, taps);
   let cutOver: Promise<void> = Promise.resolve();
+  let isTaken = false;
   void watch.arrived.then(() => {
-    cutOver = takeOver(host, arrival, result.gateways).then(
+    const taken = refuseSecondOwner(host, arrival, result).then(() => takeOver(host, arrival, result.gateways));
+    cutOver = taken.then(
       ({ warnings }) => {
+        isTaken = true;
         voice.event({ event: 'arrived', warnings });
         return introduce(host, arrival.mappings, result.gateways);
       },
@@ -66,13 +69,19 @@ export async function serveArrival(
     await conclude(lines, voice, () => watch.close(), {
       commit: async () => {
         await cutOver;
+        if (!isTaken) {
+          await refuseSecondOwner(host, arrival, result).catch(async (cause: unknown) => {
+            await giveUp(host, arrival);
+            throw cause;
+          });
+        }
         return arrived(host, arrival, result.gateways);
       },
       undo: async () => {
         await cutOver;
         return notArrived(host, arrival);
       },
-      state: () => stateOf(host, owner.vm),
+      state: () => stateOf(host, arrival),
     });
   } finally {
     watch.close();
@@ -91,14 +100,17 @@ async function serveNow(
   await conclude(lines, voice, () => undefined, {
     commit: () => commit(host, owner, holder, mappings),
     undo: () => undo(host, owner, holder, action),
-    state: () => stateOf(host, owner.vm),
+    state: () => stateOf(host, { owner, holder }),
   });
 }
+
+/** `lost`: somebody else decides by now. `refused`: gone, and it will not come. */
+type State = 'here' | 'moving' | 'gone' | 'unknown' | 'lost' | 'refused';
 
 interface Ends {
   commit(): Promise<SyncResult>;
   undo(): Promise<SyncResult>;
-  state(): Promise<'here' | 'moving' | 'gone' | 'unknown'>;
+  state(): Promise<State>;
 }
 
 /** Waits for the verdict; without one libvirt decides. */
@@ -123,6 +135,8 @@ async function withoutVerdict(ends: Ends): Promise<'commit' | 'undo' | undefined
     const state = await ends.state();
     const waited = performance.now() - began;
     if (state === 'here') return 'commit';
+    if (state === 'lost') return undefined;
+    if (state === 'refused') return 'undo';
     if (state === 'gone' && (wasThere || waited > GRACE_MS)) return 'undo';
     if (waited > (state === 'moving' ? LIMIT_MS : GRACE_MS)) return undefined;
     if (state === 'moving') wasThere = true;
@@ -130,14 +144,17 @@ async function withoutVerdict(ends: Ends): Promise<'commit' | 'undo' | undefined
   }
 }
 
-async function stateOf(host: Host, vm: number): Promise<'here' | 'moving' | 'gone' | 'unknown'> {
-  const { kind } = await host.domains.state(vm);
-  if (kind !== 'active') return kind === 'inactive' ? 'gone' : 'unknown';
-  return (await host.domains.isMoving(vm)) ? 'moving' : 'here';
+async function stateOf(host: Host, { owner, holder }: Pick<Arrival, 'owner' | 'holder'>): Promise<State> {
+  const file = pendingBy(host.store.read(owner), holder);
+  if (file === undefined) return 'lost';
+  const { kind } = await host.domains.state(owner.vm);
+  if (kind === 'unknown') return 'unknown';
+  if (kind === 'inactive') return file.phase.overtaken ? 'refused' : 'gone';
+  return (await host.domains.isMoving(owner.vm)) ? 'moving' : 'here';
 }
 
 /** The request held against the configuration of this host. */
-function arrivalOf(host: Host, { vm, action, nics, source }: ArriveMessage): Arrival {
+function arrivalOf(host: Host, { vm, action, when, nics, source }: ArriveMessage): Arrival {
   const mappings = nics.map(({ held: _, ...nic }) =>
     resolveMapping(host.config, { ...nic, address: nic.address ?? undefined, vm }),
   );
@@ -148,5 +165,6 @@ function arrivalOf(host: Host, { vm, action, nics, source }: ArriveMessage): Arr
     mappings,
     expected: new Map(nics.flatMap(({ guest, held }) => (held === null ? [] : [[guest, held] as const]))),
     links: source?.links ?? [],
+    isUnannounced: when === 'resume' && source === null,
   };
 }

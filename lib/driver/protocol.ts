@@ -127,7 +127,7 @@ export interface ArriveMessage {
   readonly when: 'now' | 'resume';
   readonly nics: readonly ArrivingNic[];
   readonly unmapped: readonly number[];
-  /** Null: nobody still has its addresses. */
+  /** Null: with `now` nobody still has its addresses, with `resume` nobody says whether it comes from another host. */
   readonly source: Source | null;
 }
 

@@ -5,10 +5,13 @@
  *
  * usage: vnm.mjs ACTION [ARG...]
  */
+import { existsSync, readdirSync } from 'node:fs';
+import { join } from 'node:path';
 import { toKvmIbError } from '../core/errors.ts';
 import type { Config } from '../core/mapping.ts';
+import { CLAIM } from '../core/state.ts';
 import { readConfig } from '../host/config-file.ts';
-import { createDomains, hasBooted } from '../host/domains.ts';
+import { createDomains } from '../host/domains.ts';
 import { exec } from '../host/exec.ts';
 import { pathsFrom } from '../host/paths.ts';
 import { createStore } from '../host/store.ts';
@@ -24,6 +27,11 @@ import type { Mode } from './protocol.ts';
 import { complain, note, readStdin, say } from './streams.ts';
 import { heldBy, isForeign, messageOf, NOTHING_HELD, touches } from './vm-request.ts';
 
+/** DATASTORE_LOCATION of OpenNebula; a saved VM has `<datastore>/<vm>/checkpoint` below it. */
+const DATASTORES = process.env['KVM_IB_DATASTORES'] ?? '/var/lib/one/datastores';
+
+const domains = createDomains(exec);
+
 interface Context {
   readonly config: Config;
   readonly store: Store;
@@ -32,6 +40,8 @@ interface Context {
 const [action = '', ...args] = process.argv.slice(2);
 try {
   await run();
+  // An engine that waits for the guest is left behind, and goes on alone.
+  process.exit(0);
 } catch (cause) {
   const error = toKvmIbError(cause, `Cannot finish ${action}`);
   // A clean that fails would make OpenNebula take a VM for running that has ended, or a NIC for attached that has gone.
@@ -80,7 +90,7 @@ function concernedVm({ config, store }: Context, { action }: NetworkCall, text: 
 /** Before a VM comes to this host, or a NIC or an alias to a VM: the last step at which a refusal costs nothing. */
 async function pre(context: Context, vm: Vm): Promise<void> {
   const wish = readWish(context, 'pre', vm);
-  const domain = await createDomains(exec).state(vm.id);
+  const domain = await domains.state(vm.id);
   if (isHotplug(vm)) {
     // COLD_NIC_ATTACH: there is no domain, so the next deploy brings it.
     if (domain.kind === 'inactive') return;
@@ -90,7 +100,41 @@ async function pre(context: Context, vm: Vm): Promise<void> {
   // A migration within this host, or a guest that only sleeps: it has what it has.
   if (domain.kind === 'active') return;
   note(wish.notes);
-  return ask('pre', vm, 'start', wish);
+  return claim(vm, wish);
+}
+
+/**
+ * A VM that was never deployed, or is restored from its checkpoint, has its addresses before its guest runs. Any other may come
+ * from another host, where its guest goes on until it has come: then the kernel holds nothing before.
+ */
+async function claim(vm: Vm, wish: ActionWish): Promise<void> {
+  const { nics, unmapped } = messageOf(wish);
+  if (nics.length === 0) return;
+  const when = vm.deployId === null || isSaved(vm) ? 'now' : 'resume';
+  const arriving = nics.map((nic) => ({ ...nic, held: null }));
+  const { warnings } = await startEngine().arrive({
+    vm: vm.id,
+    action: CLAIM,
+    when,
+    nics: arriving,
+    unmapped,
+    source: null,
+  });
+  note(warnings);
+}
+
+/** The record names the datastore since 5.10. A checkpoint that is none of a file system is not found: then it comes when it runs. */
+function isSaved({ id, datastore }: Vm): boolean {
+  const folders = datastore === null ? numberedFolders(DATASTORES) : [String(datastore)];
+  return folders.some((folder) => existsSync(join(DATASTORES, folder, String(id), 'checkpoint')));
+}
+
+function numberedFolders(path: string): readonly string[] {
+  try {
+    return readdirSync(path).filter((name) => /^[0-9]{1,9}$/.test(name));
+  } catch {
+    return [];
+  }
 }
 
 /**
@@ -102,7 +146,7 @@ async function post(context: Context, vm: Vm): Promise<void> {
     await follow('post', vm, readWish(context, 'post', vm));
   } catch (cause) {
     if (isHotplug(vm)) throw cause;
-    if (toKvmIbError(cause).code === 'conflict' && (await hasBooted(exec, vm.id))) throw cause;
+    if (toKvmIbError(cause).code === 'conflict' && (await domains.cameBy(vm.id)) === 'boot') throw cause;
     complain(cause, 'The VM runs on; `kvm-ib status` on its host shows what it has');
   }
 }

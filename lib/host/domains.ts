@@ -55,18 +55,15 @@ export function createDomains(exec: Exec): Domains {
     // switch-over on.
     isMoving: async (vm) =>
       /^paused \((?:migrating|starting up)\)$/m.test((await ask('domstate', '--reason', domainName(vm))) ?? ''),
+    async cameBy(vm) {
+      const said = (await ask('domstate', '--reason', domainName(vm)))?.trim() ?? '';
+      if (said === 'running (booted)') return 'boot';
+      return /^(?:paused \(migrating\)|running \(migrated\)|(?:running|paused) \(post-copy\))$/.test(said)
+        ? 'migration'
+        : 'other';
+    },
     interfaces,
   };
-}
-
-/** Whether a VM's domain runs since it was booted here: neither restored nor taken over from another host. */
-export async function hasBooted(exec: Exec, vm: number): Promise<boolean> {
-  try {
-    const { status, stdout } = await exec([...VIRSH, 'domstate', '--reason', domainName(vm)], { timeout: TIMEOUT_MS });
-    return status === 0 && /^running \(booted\)$/m.test(stdout);
-  } catch {
-    return false;
-  }
 }
 
 /**

@@ -12,7 +12,7 @@ import type { Mapping } from '../core/mapping.ts';
 import { domainName, ownerName } from '../core/mapping.ts';
 import { plan } from '../core/plan.ts';
 import type { Holder, StateFile } from '../core/state.ts';
-import { isElsewhere, mappingsOf } from '../core/state.ts';
+import { CLAIM, isElsewhere, mappingsOf } from '../core/state.ts';
 import { printHardware } from '../link/arp.ts';
 import type { LinkAddress } from '../link/ports.ts';
 import { ARPHRD } from '../link/ports.ts';
@@ -156,6 +156,8 @@ export interface Arrival {
   readonly expected: ReadonlyMap<Ipv4, Ipv4>;
   /** Empty: there is no source that still has them. */
   readonly links: readonly SourceLink[];
+  /** True: it may be started here, or come from another host, and nobody says which. */
+  readonly isUnannounced?: boolean;
 }
 
 /**
@@ -189,16 +191,21 @@ export async function expect(host: Host, arrival: Arrival): Promise<Expected> {
     // Left from a stay that no action ended.
     if (file !== undefined) await syncLocked(host, { owner, wish: [], action, holder });
     await ensureTable(host, mappings, []);
-    const { warnings } = await syncLocked(host, { owner, wish: mappings, action, holder, dryRun: true }, probing);
+    // One that comes from another host is answered for there until it has come.
+    const asked = arrival.isUnannounced ? { ...probing, refuse: () => undefined } : probing;
+    const { warnings } = await syncLocked(host, { owner, wish: mappings, action, holder, dryRun: true }, asked);
     const phase = { name: 'pending', action, holder, elsewhere: true } as const;
     host.store.write(stateFile(host, owner, phase, mappings));
-    return { ...nothingDone(owner, ...warnings), gateways };
+    const answered = mappings.flatMap((m) => probing.conflictOf(m.address) ?? []).at(0);
+    return { ...nothingDone(owner, ...warnings), gateways, answered };
   });
 }
 
 export interface Expected extends SyncResult {
   /** The addresses of the bridges that the guest comes to. */
   readonly gateways: readonly LinkAddress[];
+  /** Another host answers for one of its addresses: that of an unannounced guest which it comes from, or a second owner. */
+  readonly answered: KvmIbError | undefined;
 }
 
 /** Networks are the same when they have the same name and give the guest the same address. */
@@ -250,6 +257,7 @@ async function refuseUnfitLinks(host: Host, { owner, mappings, links }: Arrival)
 
 function refuseUnderWay(host: Host, owner: VmOwner, holder: Holder, file: StateFile | undefined): void {
   if (!isPending(file) || pendingBy(file, holder) !== undefined || !host.processes.isAlive(file.phase.holder)) return;
+  if (file.phase.action === CLAIM) return;
   throw new KvmIbError('conflict', `Cannot migrate VM ${owner.vm}`, {
     why: `its ${file.phase.action} is under way on this host`,
     fix: 'wait until it has ended, then try again',
@@ -277,6 +285,22 @@ export async function takeOver(
     const file = pendingBy(host.store.read(owner), holder);
     if (file === undefined || !isElsewhere(file)) return nothingDone(owner);
     return syncLocked(host, { owner, wish: mappings, action, holder, pending: true }, NOT_ASKED);
+  });
+}
+
+/**
+ * On the destination, when an unannounced guest runs here.
+ * @throws KvmIbError `conflict` when it came from nowhere, and another host has its address all the same
+ */
+export async function refuseSecondOwner(host: Host, { owner }: Arrival, { answered }: Expected): Promise<void> {
+  if (answered !== undefined && (await host.domains.cameBy(owner.vm)) !== 'migration') throw answered;
+}
+
+/** On the destination: the guest runs here, and cannot have its addresses. */
+export function giveUp(host: Host, { owner, holder, action }: Arrival): Promise<SyncResult> {
+  return host.withLock(`${action} ${ownerName(owner)}`, async () => {
+    const own = pendingBy(host.store.read(owner), holder);
+    return own === undefined ? nothingDone(owner) : syncLocked(host, { owner, wish: [], action, holder });
   });
 }
 

@@ -2,11 +2,12 @@
  * The network driver as one_vmm_exec of each version calls it, alone, as a hook of `dummy`, and beside our VMM driver; on a
  * real kernel. The stock VMM driver is stood for by the domains of a stand-in for libvirt.
  */
-import { readFileSync, writeFileSync } from 'node:fs';
-import { join } from 'node:path';
+import { mkdirSync, readdirSync, readFileSync, rmSync, writeFileSync } from 'node:fs';
+import { dirname, join } from 'node:path';
 import { afterAll, afterEach, beforeAll, beforeEach, describe, expect, test } from 'vitest';
 import type { Rig } from '../support/driver.ts';
-import { actionDataOf, createRig, HOST_NAME, ONE_LINE, testVm, tool, UUID } from '../support/driver.ts';
+import { actionDataOf, createRig, eventually, HOST_NAME, ONE_LINE, testVm, tool, UUID } from '../support/driver.ts';
+import { inOther, makeOther, OTHER_MAC, otherIp } from '../support/fabric.ts';
 import type { LibvirtStandIn } from '../support/libvirt-stand-in.ts';
 import { livelyStock, startLibvirtStandIn } from '../support/libvirt-stand-in.ts';
 import { requireOwnNetns } from '../support/netns.ts';
@@ -22,6 +23,7 @@ beforeAll(async () => {
   rig = await createRig();
   libvirt = startLibvirtStandIn(rig.folder);
   installNetworkDriver(rig.folder);
+  makeOther();
 });
 afterAll(() => {
   libvirt?.stop();
@@ -33,6 +35,9 @@ beforeEach(() => {
   rig.behave(livelyStock(libvirt));
 });
 
+afterEach(() => otherIp('address', 'flush', 'dev', 'fabric'));
+
+const IP = '/usr/sbin/ip';
 const MAC2 = '02:00:c0:a8:7a:02';
 const MAC3 = '02:00:c0:a8:7a:03';
 const one = testVm(42, [2]);
@@ -63,8 +68,9 @@ function call(
   vm: TestVm,
   { version, driver }: Caller = KVM_IB,
   step: Partial<NetworkStep> = {},
+  more: { readonly env?: Readonly<Record<string, string>> } = {},
 ): Promise<SessionAnswer> {
-  const env = { ...rig.env, KVM_IB_DATASTORES: join(rig.folder, 'saved') };
+  const env = { ...rig.env, KVM_IB_DATASTORES: join(rig.folder, 'saved'), ...more.env };
   const made = networkCall(version, action, { vm, deployed: true, host: HOST_NAME, ...step });
   return callInSession(join(rig.folder, 'vnm', driver, action), made, env);
 }
@@ -168,6 +174,136 @@ describe('before a VM comes', () => {
     expect(rig.snapshot()).toEqual(before);
   });
 });
+
+describe('a VM that was deployed before', () => {
+  const IB = '192.168.10.202';
+  const answering = { env: { KVM_IB_PROBE_MS: '150' } };
+  const anotherHost = () => otherIp('address', 'add', `${IB}/24`, 'dev', 'fabric');
+  const arrives = () => libvirt.set(42, [MAC2]);
+  const isMapped = () => aliases().length === 1 && rig.phases()['vm-42'] === 'active';
+
+  test('may come from another host: nothing is in the kernel before it runs here', async () => {
+    expect(await call('pre', one)).toEqual(OK);
+    expectMapped();
+    expect(rig.phases()).toEqual({ 'vm-42': 'pending' });
+    arrives();
+    expect(await call('post', one)).toEqual(OK);
+    expectSettled(NIC0);
+  });
+
+  test('the engine that is left behind sees it run, even where nobody calls post', async () => {
+    expect(await call('pre', one)).toEqual(OK);
+    await new Promise((resolve) => setTimeout(resolve, 700));
+    expectMapped();
+    arrives();
+    await eventually('the engine maps it', isMapped);
+    expectSettled(NIC0);
+  });
+
+  test('its first frame is enough', async () => {
+    expect(await call('pre', one)).toEqual(OK);
+    libvirt.answers(false);
+    tool(IP, 'link', 'add', 'one-42-0', 'type', 'veth', 'peer', 'name', 'guest42');
+    try {
+      tool(IP, 'link', 'set', 'guest42', 'netns', 'other');
+      otherIp('address', 'add', '192.168.122.2/24', 'dev', 'guest42');
+      otherIp('link', 'set', 'guest42', 'up');
+      tool(IP, 'link', 'set', 'one-42-0', 'up');
+      await new Promise((resolve) => setTimeout(resolve, 200));
+      expectMapped();
+      inOther('sh', '-c', 'ping -c 1 -W 1 192.168.122.1 || true');
+      await eventually('the engine maps it', () => aliases().length === 1, 2000);
+      expectMapped(NIC0);
+    } finally {
+      tool(IP, 'link', 'del', 'one-42-0');
+    }
+  });
+
+  test('and is restored has its address before it runs: its checkpoint says so', async () => {
+    for (const version of VNM_VERSIONS) {
+      rig.reset();
+      libvirt.reset();
+      const checkpoint = join(rig.folder, 'saved/0/42/checkpoint');
+      mkdirSync(dirname(checkpoint), { recursive: true });
+      writeFileSync(checkpoint, '');
+      libvirt.reason('running (restored)');
+      expect(await call('pre', one, { version, driver: 'kvm-ib' })).toEqual(OK);
+      expectMapped(NIC0);
+      rmSync(checkpoint);
+      arrives();
+      expect(await call('post', one, { version, driver: 'kvm-ib' })).toEqual(OK);
+      expectSettled(NIC0);
+    }
+  });
+
+  test('migrates live though its source answers, and takes over from it', async () => {
+    anotherHost();
+    expect(await call('pre', one, KVM_IB, {}, answering)).toEqual(OK);
+    expectMapped();
+    libvirt.reason('paused (migrating)');
+    arrives();
+    await new Promise((resolve) => setTimeout(resolve, 700));
+    expectMapped();
+    libvirt.reason('running (migrated)');
+    await eventually('the engine maps it', isMapped);
+    expect(await call('post', one, KVM_IB, { host: 'kvmib02', newest: HOST_NAME }, answering)).toEqual(OK);
+    expectSettled(NIC0);
+  });
+
+  test('is not given an address here that another host has, and OpenNebula cancels it', async () => {
+    anotherHost();
+    expect(await call('pre', one, KVM_IB, {}, answering)).toEqual(OK);
+    arrives();
+    const answer = await call('post', one, KVM_IB, {}, answering);
+    expect(answer).toMatchObject({ code: 4, stdout: '' });
+    expect(answer.stderr).toMatch(ONE_LINE);
+    expect(answer.stderr).toContain(OTHER_MAC);
+    await eventually('the engine gives up', () => Object.keys(rig.phases()).length === 0);
+    libvirt.remove(42);
+    expect(await call('clean', one, KVM_IB, {}, answering)).toEqual(OK);
+    expectSettled();
+  });
+
+  test('a first deploy is refused before it begins where another host has its address', async () => {
+    anotherHost();
+    const answer = await call('pre', one, KVM_IB, { deployed: false }, answering);
+    expect(answer).toMatchObject({ code: 4, stdout: '' });
+    expect(answer.stderr).toContain(OTHER_MAC);
+    expectSettled();
+  });
+
+  test('a second claim of the same VM takes the first over: drivers of two NICs, a deploy that is tried again', async () => {
+    for (const deployed of [false, true, false]) {
+      expect(await call('pre', one, KVM_IB, { deployed })).toEqual(OK);
+      expect(rig.phases()).toEqual({ 'vm-42': 'pending' });
+    }
+    arrives();
+    expect(await call('post', one)).toEqual(OK);
+    expectSettled(NIC0);
+  });
+
+  test('that does not come is released by clean, and its engine ends', async () => {
+    for (const deployed of [false, true]) {
+      expect(await call('pre', one, KVM_IB, { deployed })).toEqual(OK);
+      expect(engines()).not.toEqual([]);
+      expect(await call('clean', one, KVM_IB, { deployed })).toEqual(OK);
+      expectSettled();
+      await eventually('the engine ends', () => engines().length === 0);
+    }
+  });
+});
+
+/** Engines of our network driver that are left behind, without those that repeat announcements. */
+function engines(): readonly string[] {
+  return readdirSync('/proc').filter((pid) => {
+    try {
+      const argv = readFileSync(`/proc/${pid}/cmdline`, 'latin1').split('\0').filter(Boolean);
+      return argv.length === 2 && argv[1] === join(rig.folder, 'vnm/kvm-ib/engine.mjs');
+    } catch {
+      return false;
+    }
+  });
+}
 
 describe('an alias', () => {
   const coming = { ...one, aliases: [alias] };

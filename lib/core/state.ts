@@ -57,8 +57,8 @@ export interface StateFile {
 }
 
 /**
- * The action of the network driver that claims a VM's addresses before anybody else begins to work on it. Who comes after it
- * takes the claim over.
+ * The action of the network driver that claims a VM's addresses before anybody else begins to work on it; it has seen the whole
+ * VM. Who comes after it takes the claim over.
  */
 export const CLAIM = 'pre';
 

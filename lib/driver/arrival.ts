@@ -82,6 +82,7 @@ export async function serveArrival(
         return notArrived(host, arrival);
       },
       state: () => stateOf(host, arrival),
+      hasBegun: () => watch.hasTap(),
     });
   } finally {
     watch.close();
@@ -101,6 +102,7 @@ async function serveNow(
     commit: () => commit(host, owner, holder, mappings),
     undo: () => undo(host, owner, holder, action),
     state: () => stateOf(host, { owner, holder }),
+    hasBegun: () => false,
   });
 }
 
@@ -111,6 +113,8 @@ interface Ends {
   commit(): Promise<SyncResult>;
   undo(): Promise<SyncResult>;
   state(): Promise<State>;
+  /** Whether the domain was seen to come before. */
+  hasBegun(): boolean;
 }
 
 /** Waits for the verdict; without one libvirt decides. */
@@ -130,7 +134,7 @@ async function conclude(
 /** @returns undefined when nobody can tell: the file stays pending, and reconcile decides */
 async function withoutVerdict(ends: Ends): Promise<'commit' | 'undo' | undefined> {
   const began = performance.now();
-  let wasThere = false;
+  let wasThere = ends.hasBegun();
   for (;;) {
     const state = await ends.state();
     const waited = performance.now() - began;

@@ -4,36 +4,38 @@
  *
  * usage: parser.mjs ACTION STOCK_SCRIPT [ARG...]
  */
-import { spawn } from 'node:child_process';
 import { closeSync, constants, existsSync, fstatSync, openSync, readFileSync } from 'node:fs';
 import { dirname, join } from 'node:path';
 import { KvmIbError, toKvmIbError } from '../core/errors.ts';
 import type { Config, Mapping } from '../core/mapping.ts';
-import { domainName } from '../core/mapping.ts';
+import { readCheckpoint } from '../host/checkpoint.ts';
 import { readConfig } from '../host/config-file.ts';
+import { exec } from '../host/exec.ts';
 import type { Paths } from '../host/paths.ts';
-import { millisecondsFrom, pathsFrom } from '../host/paths.ts';
-import { ownIdentity } from '../host/process.ts';
+import { pathsFrom } from '../host/paths.ts';
 import { createStore } from '../host/store.ts';
+import type { Domain } from '../libvirt/domain.ts';
 import { interfacesOnBridge, parseDomain, spliceMtu } from '../libvirt/domain.ts';
 import type { Vm } from '../opennebula/action-data.ts';
 import { HOTPLUG_NIC_POWEROFF, parseActionData, parseVm } from '../opennebula/action-data.ts';
 import type { ActionWish } from '../opennebula/action-wish.ts';
 import { wishOfAction } from '../opennebula/action-wish.ts';
+import type { CallSigns } from '../opennebula/caller.ts';
+import { isBeforeVmXml, wantsErrorBlock } from '../opennebula/caller.ts';
 import type { KnownAction, OwnCall } from '../opennebula/contract.ts';
-import { failureMessage, failureText, logText, parseActionCall } from '../opennebula/contract.ts';
+import { failureMessage, failureText, parseActionCall } from '../opennebula/contract.ts';
 import { DRIVER } from '../opennebula/registration.ts';
+import { correctedAddresses, wishOfDomainXml, wishWithoutData } from '../opennebula/without-data.ts';
 import type { Store } from '../ops/host.ts';
 import type { Engine } from './engine-client.ts';
-import { errorOf, NO_WISH, startEngine } from './engine-client.ts';
+import { NO_WISH, startEngine } from './engine-client.ts';
+import type { ReadOptions } from './input.ts';
+import { readActionData, readRemotesVersion, readStdin, STDIN_LIMIT } from './input.ts';
+import { complain, note, say, settle } from './log.ts';
+import { migrateTo, underVerdict } from './migration.ts';
 import type { Ending } from './stock.ts';
 import { endLike, runStock, succeeded } from './stock.ts';
-import { complain, note, readStdin, STDIN_LIMIT, say, settle } from './streams.ts';
 import { heldBy, isForeign, messageOf, NOTHING_HELD, touches } from './vm-request.ts';
-
-const VIRSH = '/usr/bin/virsh';
-/** Longer than any migration that still makes progress. */
-const DEADLINE_MS = millisecondsFrom(process.env['KVM_IB_MIGRATE_DEADLINE_MS']) ?? 24 * 3_600_000;
 
 /** Actions that give a VM no new mapping, but for an alias of a NIC that holds one. */
 const TAKING: readonly KnownAction[] = ['detach_nic', 'prereconfigure', 'reconfigure', 'snapshot_revert'];
@@ -41,28 +43,31 @@ const TAKING: readonly KnownAction[] = ['detach_nic', 'prereconfigure', 'reconfi
 interface Context {
   readonly config: Config;
   readonly store: Store;
-  readonly stdin: Buffer;
+  /** Null: none came, or it is not ours to read. */
+  readonly stdin: Buffer | null;
 }
 
 const [action = '', script = '', ...args] = process.argv.slice(2);
+let signs: CallSigns = { remotesVersion: readRemotesVersion(join(dirname(script), '../..')) };
 try {
   endLike(await run());
 } catch (cause) {
   const error = toKvmIbError(cause, `Cannot finish ${action}`);
-  say(failureText({ log: [], message: failureMessage(error) }));
+  say(failureText({ log: [], message: failureMessage(error) }, { block: wantsErrorBlock(signs) }));
   process.exit(error.exit);
 }
 
 async function run(): Promise<Ending> {
   const call = parseActionCall(action, args);
   const paths = pathsFrom(process.env);
-  if (call.treatment === 'pass') return stock(await readStdin(action));
+  if (call.treatment === 'pass') return stock(null);
+  signs = { ...signs, deployId: call.args['deployId'] };
   if (call.treatment === 'repair-before') return repairBefore(paths, call);
   if (call.treatment === 'release-after') return releaseAfter(paths, call);
   const context: Context = {
     config: readConfig(paths.config),
     store: createStore(paths.state),
-    stdin: await readStdin(action),
+    stdin: call.action === 'deploy' ? await readStdin(action) : await readInput(),
   };
   switch (call.treatment) {
     case 'sync-before':
@@ -78,18 +83,26 @@ async function run(): Promise<Ending> {
   }
 }
 
-function stock(stdin: Uint8Array): Promise<Ending> {
+function stock(stdin: Uint8Array | null): Promise<Ending> {
   return runStock(script, args, stdin);
 }
 
-async function deploy({ config, stdin }: Context, call: OwnCall): Promise<Ending> {
+async function readInput(options: ReadOptions = {}): Promise<Buffer | null> {
+  const bytes = await readActionData(action, options);
+  signs = { ...signs, hasInput: bytes !== null };
+  return bytes;
+}
+
+async function deploy(context: Context, call: OwnCall): Promise<Ending> {
+  const { config } = context;
+  const stdin = context.stdin ?? Buffer.alloc(0);
   // latin1: each byte is one character, so the XML goes out as it came in, whatever its encoding.
   const xml = stdin.toString('latin1');
   if (isForeign(config, xml, 'domain')) return stock(stdin);
   // It starts while the XML is read: the two take equally long. Until it is told something it reads and changes nothing.
   const engine = startEngine();
   try {
-    const plan = readDeployment(config, xml, call);
+    const plan = readDeployment(context, xml, call);
     if (plan === undefined) {
       const ended = engine.close();
       const ending = await stock(stdin);
@@ -98,7 +111,7 @@ async function deploy({ config, stdin }: Context, call: OwnCall): Promise<Ending
     }
     note(plan.wish.notes);
     note(await engine.sync(call.vmId, call.action, 'start', messageOf(plan.wish)));
-    return await underVerdict(engine, Buffer.from(plan.xml, 'latin1'));
+    return await underVerdict(engine, () => stock(Buffer.from(plan.xml, 'latin1')));
   } finally {
     await engine.close();
   }
@@ -106,15 +119,14 @@ async function deploy({ config, stdin }: Context, call: OwnCall): Promise<Ending
 
 /** restore and attach_nic: the address works before the guest does. */
 async function syncBefore(context: Context, call: OwnCall): Promise<Ending> {
-  const vm = concernedVm(context, call);
-  if (vm === undefined) return stock(context.stdin);
-  const wish = readWish(context, call, vm);
+  const wish = await concernedWish(context, call);
+  if (wish === undefined) return stock(context.stdin);
   note(wish.notes);
   const engine = startEngine();
   try {
     const mode = call.action === 'attach_nic' ? 'plug' : 'start';
     note(await engine.sync(call.vmId, call.action, mode, messageOf(wish)));
-    return await underVerdict(engine, context.stdin);
+    return await underVerdict(engine, () => stock(context.stdin));
   } finally {
     await engine.close();
   }
@@ -125,26 +137,25 @@ async function syncBefore(context: Context, call: OwnCall): Promise<Ending> {
  * operator from a reset.
  */
 async function repairBefore(paths: Paths, call: OwnCall): Promise<Ending> {
-  const stdin = await readStdin(action, { mayBeEmpty: true });
+  const stdin = await readInput({ mayBeEmpty: true });
   const engine = await repair(paths, call, stdin).catch((cause: unknown) =>
     complain(cause, 'The guest keeps what it has'),
   );
   try {
-    return engine ? await underVerdict(engine, stdin) : await stock(stdin);
+    return engine ? await underVerdict(engine, () => stock(stdin)) : await stock(stdin);
   } finally {
     await engine?.close();
   }
 }
 
 /** @returns the engine, which awaits the verdict; undefined when the VM does not concern us */
-async function repair(paths: Paths, call: OwnCall, stdin: Buffer): Promise<Engine | undefined> {
+async function repair(paths: Paths, call: OwnCall, stdin: Buffer | null): Promise<Engine | undefined> {
   const context: Context = { config: readConfig(paths.config), store: createStore(paths.state), stdin };
-  const vm = concernedVm(context, call);
-  if (vm === undefined) return undefined;
-  const wish = messageOf(readWish(context, call, vm));
+  const wish = await concernedWish(context, call);
+  if (wish === undefined) return undefined;
   const engine = startEngine();
   try {
-    note(await engine.sync(call.vmId, call.action, 'restart', wish));
+    note(await engine.sync(call.vmId, call.action, 'restart', messageOf(wish)));
     return engine;
   } catch (cause) {
     await engine.close();
@@ -157,8 +168,7 @@ async function repair(paths: Paths, call: OwnCall, stdin: Buffer): Promise<Engin
  * behind it the context is written anew and its CD changed.
  */
 async function checkBefore(context: Context, call: OwnCall): Promise<Ending> {
-  const vm = concernedVm(context, call);
-  const wish = vm === undefined ? undefined : readWish(context, call, vm);
+  const wish = await concernedWish(context, call);
   if (wish !== undefined && wish.attachedAliases.length > 0) {
     const engine = startEngine();
     try {
@@ -172,9 +182,8 @@ async function checkBefore(context: Context, call: OwnCall): Promise<Ending> {
 
 /** reconfigure is the last step of an alias that comes or goes: what it changes, no later step can fail over. */
 async function followAfter(context: Context, call: OwnCall): Promise<Ending> {
-  const vm = concernedVm(context, call);
-  if (vm === undefined) return stock(context.stdin);
-  const wish = readWish(context, call, vm);
+  const wish = await concernedWish(context, call);
+  if (wish === undefined) return stock(context.stdin);
   const ending = await stock(context.stdin);
   if (!succeeded(ending)) return ending;
   note(wish.notes);
@@ -189,13 +198,12 @@ async function followAfter(context: Context, call: OwnCall): Promise<Ending> {
 
 /** detach_nic and snapshot_revert: the NICs that the domain has afterwards are what counts. */
 async function unplug(context: Context, call: OwnCall): Promise<Ending> {
-  const vm = concernedVm(context, call);
-  if (vm === undefined) return stock(context.stdin);
-  const wish = readWish(context, call, vm);
+  const wish = await concernedWish(context, call);
+  if (wish === undefined) return stock(context.stdin);
   const engine = startEngine();
   try {
     note(await engine.sync(call.vmId, call.action, 'unplug', messageOf(wish)));
-    return await underVerdict(engine, context.stdin);
+    return await underVerdict(engine, () => stock(context.stdin));
   } finally {
     await engine.close();
   }
@@ -206,7 +214,7 @@ async function unplug(context: Context, call: OwnCall): Promise<Ending> {
  * be released is known without them.
  */
 async function releaseAfter(paths: Paths, call: OwnCall): Promise<Ending> {
-  const stdin = await readStdin(action, { mayBeEmpty: true });
+  const stdin = await readInput({ mayBeEmpty: true });
   const isOurs = maySomethingBeHeld(paths, call, stdin);
   const ending = await stock(stdin);
   if (!isOurs) return ending;
@@ -227,10 +235,11 @@ async function releaseAfter(paths: Paths, call: OwnCall): Promise<Ending> {
 }
 
 /** @throws KvmIbError `usage` when the data is that of another VM */
-function maySomethingBeHeld(paths: Paths, call: OwnCall, stdin: Buffer): boolean {
+function maySomethingBeHeld(paths: Paths, call: OwnCall, stdin: Buffer | null): boolean {
   const store = createStore(paths.state);
+  if (stdin === null) return heldBy(store, call.vmId) !== undefined;
   try {
-    return concernedVm({ config: readConfig(paths.config), store, stdin }, call) !== undefined;
+    return concernedVm({ config: readConfig(paths.config), store }, call, stdin) !== undefined;
   } catch (cause) {
     const { code } = toKvmIbError(cause);
     if (code !== 'bad-input' && code !== 'bad-config') throw cause;
@@ -241,37 +250,67 @@ function maySomethingBeHeld(paths: Paths, call: OwnCall, stdin: Buffer): boolean
   }
 }
 
-/** Runs the stock script between an engine's answer and the verdict. */
-async function underVerdict(engine: Engine, stdin: Uint8Array): Promise<Ending> {
-  let ending: Ending;
-  try {
-    ending = await stock(stdin);
-  } catch (error) {
-    await settle(() => engine.verdict('undo'));
-    throw error;
-  }
-  await settle(() => engine.verdict(succeeded(ending) ? 'commit' : 'undo'));
-  return ending;
-}
-
 /** What a VM that is to be deployed should have, and its domain XML with our MTUs; undefined: it has no NIC on our bridges. */
 function readDeployment(
-  config: Config,
+  context: Context,
   xml: string,
   call: OwnCall,
 ): { readonly wish: ActionWish; readonly xml: string } | undefined {
   const domain = parseDomain(xml);
-  if (!config.networks.some((network) => interfacesOnBridge(domain, network.bridge).length > 0)) return undefined;
-  const vm = parseVm(readVmXml(join(dirname(call.args['deploymentFile'] ?? ''), 'vm.xml')));
-  requireVm(vm, call.vmId);
-  const wish = wishOfAction(config, vm, call.action, NOTHING_HELD);
-  requireAgreement(config, domain, vm, wish.mappings);
+  signs = { ...signs, domainVersion: domain.openNebulaVersion };
+  if (!touchesDomain(context.config, domain)) return undefined;
+  const path = join(dirname(call.args['deploymentFile'] ?? ''), 'vm.xml');
+  const text = readVmXml(path);
+  signs = { ...signs, hasVmXml: text !== undefined };
+  const wish =
+    text === undefined ? wishWithoutVmXml(context, call, domain, path) : wishOfVmXml(context, call, domain, text);
   const mtus = new Map(wish.networksTouched.map((network) => [String(network.bridge), deviceMtu(network.device)]));
   return { wish, xml: spliceMtu(xml, mtus).xml };
 }
 
+function touchesDomain(config: Config, domain: Domain): boolean {
+  return config.networks.some((network) => interfacesOnBridge(domain, network.bridge).length > 0);
+}
+
+function wishOfVmXml({ config }: Context, call: OwnCall, domain: Domain, text: string): ActionWish {
+  const vm = parseVm(text);
+  requireVm(vm, call.vmId);
+  const wish = wishOfAction(config, vm, call.action, NOTHING_HELD);
+  requireAgreement(config, domain, vm, wish.mappings);
+  return wish;
+}
+
+/** Before 6.0.0 no vm.xml is written: the domain XML is all there is. */
+function wishWithoutVmXml({ config, store }: Context, call: OwnCall, domain: Domain, path: string): ActionWish {
+  if (isBeforeVmXml(signs)) return wishOfDomainXml(config, call, domain, store.read({ kind: 'vm', vm: call.vmId }));
+  throw new KvmIbError('bad-input', `Cannot read ${path}`, {
+    why: 'it is not there',
+    fix: 'deploy the VM again: OpenNebula 6.0 and later writes vm.xml there before it calls deploy',
+  });
+}
+
+/** What an action on a VM that is there wants of it; undefined when the VM has nothing to do with kvm-ib. */
+async function concernedWish(context: Context, call: OwnCall): Promise<ActionWish | undefined> {
+  const { config, store, stdin } = context;
+  if (stdin !== null) {
+    const vm = concernedVm(context, call, stdin);
+    return vm === undefined ? undefined : readWish(context, call, vm);
+  }
+  if (call.action !== 'restore') return wishWithoutData(config, call, heldBy(store, call.vmId));
+  const domain = parseDomain(
+    await readCheckpoint(exec, call.args['checkpointFile'] ?? ''),
+    'the domain XML in the checkpoint',
+  );
+  if (!touchesDomain(config, domain)) return undefined;
+  return wishOfDomainXml(config, call, domain, store.read({ kind: 'vm', vm: call.vmId }));
+}
+
 function readWish({ config, store }: Context, call: OwnCall, vm: Vm): ActionWish {
-  return wishOfAction(config, vm, call.action, heldBy(store, vm.id) ?? NOTHING_HELD, hasNetworkDriver);
+  const held = heldBy(store, vm.id);
+  const wish = wishOfAction(config, vm, call.action, held ?? NOTHING_HELD, { hasNetworkDriver });
+  // prereconfigure only looks whether it can be; reconfigure comes behind it.
+  if (isBeforeVmXml(signs) && call.action !== 'prereconfigure') note(correctedAddresses(held, wish));
+  return wish;
 }
 
 /** Whether OpenNebula calls our network driver for NICs of this VN_MAD: it is that driver, or hangs in its folders of hooks. */
@@ -281,7 +320,7 @@ function hasNetworkDriver(vnMad: string): boolean {
 }
 
 /** The VM of an action on one that is there; undefined when it has nothing to do with kvm-ib, or no domain to follow. */
-function concernedVm({ config, store, stdin }: Context, call: OwnCall): Vm | undefined {
+function concernedVm({ config, store }: Omit<Context, 'stdin'>, call: OwnCall, stdin: Buffer): Vm | undefined {
   const data = stdin.toString('latin1');
   const held = heldBy(store, call.vmId);
   if (held === undefined && isForeign(config, data, 'VMM_DRIVER_ACTION_DATA')) return undefined;
@@ -298,131 +337,23 @@ function concernedVm({ config, store, stdin }: Context, call: OwnCall): Vm | und
   return vm.lcmState === HOTPLUG_NIC_POWEROFF ? undefined : vm;
 }
 
-/**
- * migrate runs on the source. The destination is asked before the guest moves; it waits with its engine for the moment when
- * the guest runs there, and the source lets go then. What comes of the stock script decides on both hosts.
- */
+/** The source of a live migration. Storage moves within one host since OpenNebula 7.2: its addresses stay where they are. */
 async function migrate(context: Context, call: OwnCall): Promise<Ending> {
+  const run = () => stock(context.stdin);
   const { destination = '', source = '' } = call.args;
-  const vm = concernedVm(context, call);
-  // Storage moves within one host since OpenNebula 7.2: its addresses stay where they are.
-  if (vm === undefined || destination === source) return stock(context.stdin);
-  const wish = readWish(context, call, vm);
+  const wish = await concernedWish(context, call);
+  if (wish === undefined || destination === source) return run();
   note(wish.notes);
-  const here = startEngine();
-  let there: Engine | undefined;
-  try {
-    const { departure } = await here.depart(vm.id, call.action, messageOf(wish));
-    if (departure.nics.length === 0) return await stock(context.stdin);
-    there = startEngine(destination);
-    const arrival = {
-      vm: vm.id,
-      action: call.action,
-      nics: departure.nics,
-      unmapped: [],
-      source: { holder: ownIdentity(), links: departure.links },
-    };
-    const answer = await there.arrive({ ...arrival, when: 'resume' });
-    note(answer.warnings.map((warning) => `${destination}: ${warning}`));
-    if (answer.here) return await underVerdict(here, context.stdin);
-    return await moving(context, call, here, there, arrival);
-  } catch (cause) {
-    // Where it was asked nothing yet, there is nothing to undo.
-    await there?.close();
-    await settle(() => here.verdict('undo'));
-    throw cause;
-  } finally {
-    await there?.close();
-    await here.close();
-  }
-}
-
-/** The stock script moves the guest, both hosts follow. */
-async function moving(
-  { stdin }: Context,
-  call: OwnCall,
-  here: Engine,
-  there: Engine,
-  arrival: Omit<Parameters<Engine['arrive']>[0], 'when'>,
-): Promise<Ending> {
-  const { destination = '' } = call.args;
-  let isOver = false;
-  const abort = (why: string): void => {
-    if (isOver) return;
-    say(logText({ level: 'error', text: `${why}: the migration of VM ${call.vmId} is aborted` }));
-    void abortJob(call.vmId);
-  };
-  const deadline = setTimeout(() => abort(`it did not end within ${DEADLINE_MS} ms`), DEADLINE_MS);
-  const letGo = there.event().then(async (event) => {
-    if (event?.event === 'arrived') {
-      note(event.warnings.map((warning) => `${destination}: ${warning}`));
-      await settle(() => here.verdict('release'));
-      return;
-    }
-    if (event?.event === 'failed') complain(errorOf(event.error), `${destination} tries again at the end`);
-    // Nobody waits there any more, so the guest would come to a host where it has no address.
-    else abort(`the kvm-ib engine of ${destination} ended`);
-  });
-  let ending: Ending;
-  try {
-    ending = await stock(stdin);
-  } catch (error) {
-    isOver = true;
-    await settle(() => there.verdict('undo'));
-    throw error;
-  } finally {
-    isOver = true;
-    clearTimeout(deadline);
-  }
-  if (!succeeded(ending)) {
-    await settle(() => there.verdict('undo'));
-    await there.close();
-    await letGo;
-    await settle(() => here.verdict('undo'));
-    return ending;
-  }
-  const isThere = await there.verdict('commit').then(
-    (warnings) => {
-      note(warnings);
-      return true;
-    },
-    () => false,
-  );
-  await there.close();
-  await letGo;
-  await settle(() => here.verdict('commit'));
-  if (!isThere) await settle(() => arriveLate(destination, arrival));
-  return ending;
-}
-
-/** The engine of the destination was lost on the way, but the guest is there. */
-async function arriveLate(
-  destination: string,
-  arrival: Omit<Parameters<Engine['arrive']>[0], 'when'>,
-): Promise<readonly string[]> {
-  const there = startEngine(destination);
-  try {
-    const { warnings } = await there.arrive({ ...arrival, when: 'now' });
-    return [...warnings, ...(await there.verdict('commit'))];
-  } finally {
-    await there.close();
-  }
-}
-
-/** Ends the migration that libvirt is at, so that the stock script fails. When it is past that point, it goes on. */
-function abortJob(vm: number): Promise<void> {
-  const child = spawn(VIRSH, ['--connect', 'qemu:///system', 'domjobabort', domainName(vm)], { stdio: 'ignore' });
-  return new Promise((resolve) => {
-    child.on('error', () => resolve());
-    child.on('close', () => resolve());
-  });
+  return migrateTo(destination, { vm: call.vmId, action: call.action, wish: messageOf(wish) }, run);
 }
 
 /** A front-end has no guests: what runs there cannot follow one. */
 function refuseIfMapped(context: Context, call: OwnCall): Promise<Ending> {
-  const vm = concernedVm(context, call);
-  if (vm === undefined) return stock(context.stdin);
-  throw new KvmIbError('unsupported', `Cannot ${call.action} VM ${vm.id}`, {
+  const { store, stdin } = context;
+  const isOurs =
+    stdin === null ? heldBy(store, call.vmId) !== undefined : concernedVm(context, call, stdin) !== undefined;
+  if (!isOurs) return stock(stdin);
+  throw new KvmIbError('unsupported', `Cannot ${call.action} VM ${call.vmId}`, {
     why: 'it has a NIC on a bridge of kvm-ib, and its addresses can only be moved from the host that it runs on',
     fix: 'take `-l migrate=migrate_local` out of ARGUMENTS of VM_MAD in /etc/one/oned.conf, then restart oned',
   });
@@ -437,12 +368,7 @@ function requireVm(vm: Vm, vmId: number): void {
 }
 
 /** The two descriptions of the VM come from one source; where they differ, one of them is not this VM's. */
-function requireAgreement(
-  config: Config,
-  domain: ReturnType<typeof parseDomain>,
-  vm: Vm,
-  mappings: readonly Mapping[],
-): void {
+function requireAgreement(config: Config, domain: Domain, vm: Vm, mappings: readonly Mapping[]): void {
   const disagree = (why: string): KvmIbError =>
     new KvmIbError('bad-input', `Cannot deploy VM ${vm.id}`, {
       why,
@@ -483,15 +409,16 @@ function deviceMtu(device: string): number {
   return Number(text);
 }
 
-/** vm.xml, which one_vmm_exec leaves beside the deployment file since 6.0.0. */
-function readVmXml(path: string): string {
+/** vm.xml, which one_vmm_exec leaves beside the deployment file since 6.0.0; undefined when it is not there. */
+function readVmXml(path: string): string | undefined {
   let fd: number;
   try {
     fd = openSync(path, constants.O_RDONLY | constants.O_NONBLOCK);
   } catch (cause) {
+    if ((cause as NodeJS.ErrnoException).code === 'ENOENT') return undefined;
     throw new KvmIbError('bad-input', `Cannot read ${path}`, {
       why: (cause as Error).message,
-      fix: 'kvm-ib serves OpenNebula 6.0 and later, which writes vm.xml there before it calls deploy',
+      fix: 'let oneadmin read it: one_vmm_exec writes vm.xml there before it calls deploy',
       cause,
     });
   }

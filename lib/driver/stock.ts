@@ -11,10 +11,11 @@ export interface Ending {
 }
 
 /**
- * @param stdin the bytes it reads, from a file that it may also re-open as /dev/stdin (a socket, Node's own pipe, could not be)
+ * @param stdin the bytes it reads, from a file that it may also re-open as /dev/stdin (a socket, Node's own pipe, could not be);
+ *   null: our own standard input, which was left unread
  * @throws KvmIbError `host-lacks` when the script is not there, `bad-input` for an argument that is not UTF-8
  */
-export function runStock(script: string, args: readonly string[], stdin: Uint8Array): Promise<Ending> {
+export function runStock(script: string, args: readonly string[], stdin: Uint8Array | null): Promise<Ending> {
   try {
     accessSync(script, constants.X_OK);
   } catch (cause) {
@@ -30,9 +31,9 @@ export function runStock(script: string, args: readonly string[], stdin: Uint8Ar
       fix: 'use names in UTF-8 for hosts, datastores and files',
     });
   }
-  const input = unlinkedFile(stdin);
+  const input = stdin === null ? ('inherit' as const) : unlinkedFile(stdin);
   const child = spawn(script, args, { stdio: [input, 'inherit', 'inherit'] });
-  closeSync(input);
+  if (input !== 'inherit') closeSync(input);
   // Whoever ends us means the action; it is the script that knows how to stop, and we still have to tidy up after it.
   const forward = (signal: NodeJS.Signals): void => {
     child.kill(signal);

@@ -17,14 +17,17 @@ import { pathsFrom } from '../host/paths.ts';
 import { createStore } from '../host/store.ts';
 import type { Vm } from '../opennebula/action-data.ts';
 import type { ActionWish } from '../opennebula/action-wish.ts';
+import type { CallSigns } from '../opennebula/caller.ts';
+import { wantsErrorBlock } from '../opennebula/caller.ts';
 import { failureMessage, failureText } from '../opennebula/contract.ts';
 import type { NetworkAction, NetworkCall } from '../opennebula/vnm.ts';
 import { isHotplug, parseNetworkCall, parseNetworkVm, requireBase64, wishOfNetworkAction } from '../opennebula/vnm.ts';
 import type { Store } from '../ops/host.ts';
 import type { Engine, WishMessage } from './engine-client.ts';
 import { startEngine } from './engine-client.ts';
+import { readRemotesVersion, readStdin } from './input.ts';
+import { complain, note, say } from './log.ts';
 import type { Mode } from './protocol.ts';
-import { complain, note, readStdin, say } from './streams.ts';
 import { heldBy, isForeign, messageOf, NOTHING_HELD, touches } from './vm-request.ts';
 
 /** DATASTORE_LOCATION of OpenNebula; a saved VM has `<datastore>/<vm>/checkpoint` below it. */
@@ -38,6 +41,7 @@ interface Context {
 }
 
 const [action = '', ...args] = process.argv.slice(2);
+let signs: CallSigns = { remotesVersion: readRemotesVersion(join(import.meta.dirname, '../..')) };
 try {
   await run();
   // An engine that waits for the guest is left behind, and goes on alone.
@@ -47,13 +51,14 @@ try {
   // A clean that fails would make OpenNebula take a VM for running that has ended, or a NIC for attached that has gone.
   if (action === 'clean') complain(error, 'The next kvm-ib reconcile brings it right');
   else {
-    say(failureText({ log: [], message: failureMessage(error) }));
+    say(failureText({ log: [], message: failureMessage(error) }, { block: wantsErrorBlock(signs) }));
     process.exit(error.exit);
   }
 }
 
 async function run(): Promise<void> {
   const call = parseNetworkCall(action, args);
+  signs = { ...signs, hasInput: call.vm === null, deployId: call.deployId };
   const text = await vmOf(call);
   const paths = pathsFrom(process.env);
   const context: Context = { config: readConfig(paths.config), store: createStore(paths.state) };

@@ -28,6 +28,8 @@ const PKTTYPE_AT = 10;
 export interface ArrivalWatch {
   /** Never rejects; does not resolve after `close`. */
   readonly arrived: Promise<'frame' | 'event'>;
+  /** Whether the domain has begun to come: it has a tap, or had one. */
+  hasTap(): boolean;
   close(): void;
 }
 
@@ -35,6 +37,7 @@ export interface ArrivalWatch {
 export function watchArrival(links: Pick<Links, 'link'>, vm: number, taps: readonly LinkName[]): ArrivalWatch {
   const stops: (() => void)[] = [];
   let over = false;
+  let tapSeen = false;
   const close = (): void => {
     over = true;
     for (const stop of stops.splice(0)) stop();
@@ -51,11 +54,14 @@ export function watchArrival(links: Pick<Links, 'link'>, vm: number, taps: reado
         links,
         tap,
         () => over,
-        () => tell('frame'),
+        (how) => {
+          tapSeen = true;
+          if (how === 'frame') tell('frame');
+        },
       );
     }
   });
-  return { arrived, close };
+  return { arrived, hasTap: () => tapSeen, close };
 }
 
 function watchEvents(vm: number, tell: () => void): () => void {
@@ -78,12 +84,14 @@ async function watchTap(
   links: Pick<Links, 'link'>,
   tap: LinkName,
   isOver: () => boolean,
-  tell: () => void,
+  tell: (what: 'tap' | 'frame') => void,
 ): Promise<void> {
   for (; !isOver(); await sleep(TAP_MS)) {
     try {
       const link = await links.link(tap);
-      if (link !== undefined) await watchFrames(link.index, isOver, tell);
+      if (link === undefined) continue;
+      tell('tap');
+      await watchFrames(link.index, isOver, () => tell('frame'));
     } catch {
       // The tap went, or could not be listened on: it may come anew, and there is the event.
     }

@@ -17,6 +17,10 @@ export interface BridgeInterface {
   readonly target: string | null;
   /** Size of an `<mtu>` that is there already, as written. */
   readonly mtu: string | null;
+  /** Parameter IP of its `<filterref>`: OpenNebula writes it where the NIC has a filter. Null when there is none, or several. */
+  readonly ip: string | null;
+  /** Its place among all interfaces of the domain, from 0, whatever their type. */
+  readonly place: number;
   /** Index in the text right behind `<source …/>`. */
   readonly behindSource: number;
 }
@@ -26,6 +30,8 @@ export interface Domain {
   readonly name: string | null;
   /** In the order of the text, from all `<devices>` sections. */
   readonly interfaces: readonly BridgeInterface[];
+  /** `opennebula_version` of the metadata, which oned writes since 5.8. */
+  readonly openNebulaVersion: string | null;
 }
 
 /**
@@ -34,14 +40,18 @@ export interface Domain {
  */
 export function parseDomain(xml: string, what = 'the domain XML on standard input'): Domain {
   const root = parseXml(xml, { roots: ['domain'], what });
-  const interfaces: BridgeInterface[] = [];
-  for (const devices of childrenNamed(root, 'devices')) {
-    for (const element of childrenNamed(devices, 'interface')) {
-      const found = bridgeInterface(element);
-      if (found !== null) interfaces.push(found);
-    }
-  }
-  return { name: childrenNamed(root, 'name')[0]?.text.trim() || null, interfaces };
+  const interfaces = childrenNamed(root, 'devices')
+    .flatMap((devices) => childrenNamed(devices, 'interface'))
+    .map(bridgeInterface)
+    .filter((found) => found !== null);
+  const version = childrenNamed(root, 'metadata')
+    .flatMap((metadata) => childrenNamed(metadata, 'one:vm'))
+    .flatMap((vm) => childrenNamed(vm, 'one:opennebula_version'))[0];
+  return {
+    name: childrenNamed(root, 'name')[0]?.text.trim() || null,
+    interfaces,
+    openNebulaVersion: version?.text.trim() || null,
+  };
 }
 
 /** The interfaces on one bridge, to hold against the NICs of the VM XML. */
@@ -105,18 +115,23 @@ export function spliceMtu(xml: string, mtus: ReadonlyMap<string, number>): Splic
 }
 
 /** libvirt reads the first of repeated children, so the same is done here. */
-function bridgeInterface(element: XmlElement): BridgeInterface | null {
+function bridgeInterface(element: XmlElement, place: number): BridgeInterface | null {
   if (element.attributes.get('type') !== 'bridge') return null;
   const source = childrenNamed(element, 'source')[0];
   const bridge = source?.attributes.get('bridge');
   if (source === undefined || bridge === undefined) return null;
   const attribute = (child: string, name: string) => childrenNamed(element, child)[0]?.attributes.get(name) ?? null;
   const mtu = childrenNamed(element, 'mtu')[0];
+  const [ip, ...more] = childrenNamed(element, 'filterref')
+    .flatMap((filter) => childrenNamed(filter, 'parameter'))
+    .filter((parameter) => parameter.attributes.get('name') === 'IP');
   return {
     bridge,
     mac: attribute('mac', 'address'),
     target: attribute('target', 'dev'),
     mtu: mtu === undefined ? null : (mtu.attributes.get('size') ?? ''),
+    ip: more.length > 0 ? null : (ip?.attributes.get('value') ?? null),
+    place,
     behindSource: source.end,
   };
 }

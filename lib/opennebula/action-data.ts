@@ -1,6 +1,6 @@
 /**
  * Reads what OpenNebula tells a driver about a VM: VMM_DRIVER_ACTION_DATA, the standard input of every action but
- * deploy (raw XML on one line plus one newline, since 5.0), and the bare VM element, which one_vmm_exec leaves as
+ * deploy since 5.0 (raw XML on one line plus one newline; before, there is none), and the bare VM element, which one_vmm_exec leaves as
  * `vm.xml` beside the deployment file (since 6.0.0). Values are CDATA or text; a value that is absent, empty or blank is
  * null here.
  *
@@ -193,7 +193,7 @@ function isYes(value: string | null): boolean {
 function unreadable(what: string, why: string): KvmIbError {
   return new KvmIbError('bad-input', `Cannot read ${what}`, {
     why,
-    fix: 'look at the VM with `onevm show -x`; kvm-ib serves OpenNebula 6.0 to 7.x',
+    fix: 'look at the VM with `onevm show -x`; kvm-ib serves OpenNebula 3.4 to 7.x',
   });
 }
 

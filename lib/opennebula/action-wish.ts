@@ -5,7 +5,8 @@
  * The action's name tells for a NIC. For an alias no action of its own exists: OpenNebula calls prereconfigure and
  * reconfigure for attach and detach alike, and detach_nic with the alias's MAC when the attach failed. Then it is the VM's context
  * that tells: oned writes it anew before both, with `ETH<parent>_ALIAS<n>_…` when the alias comes, without when it goes (read in
- * VirtualMachineContext.cc of 6.0.0 to 7.4.0). A VM without network context has no such variables; there an alias that is in effect
+ * VirtualMachineContext.cc of 5.10 to 7.4.0; 5.8, the first with aliases, writes `…_DETACH` when it goes and leaves it there
+ * for the next alias of that number, so it tells nothing). A VM without network context has no such variables; there an alias that is in effect
  * goes, and one that is not comes, unless it went before, since oned never gives a NIC_ID again.
  */
 import { rangeContains, tryParseIpv4 } from '../core/address.ts';
@@ -14,7 +15,7 @@ import { KvmIbError } from '../core/errors.ts';
 import type { Config, Mapping } from '../core/mapping.ts';
 import type { Nic, NicAlias, Vm } from './action-data.ts';
 import type { KnownAction } from './contract.ts';
-import type { Wish } from './mappings.ts';
+import type { Wish, WishOptions } from './mappings.ts';
 import { wishedMappings } from './mappings.ts';
 
 /** What the VM has on this host, from its state file. */
@@ -38,7 +39,7 @@ export interface ActionWish extends Wish {
 const STARTING: readonly KnownAction[] = ['deploy', 'restore'];
 
 /** What an action does with NICs and aliases, as far as it can be told from the VM. */
-export interface Marks {
+export interface Marks extends Pick<WishOptions, 'addressFromMac'> {
   /** NIC_IDs of NICs and aliases that do not count. */
   readonly without: ReadonlySet<number>;
   readonly attaching: readonly number[];
@@ -48,8 +49,12 @@ export interface Marks {
   readonly mustBeMapped: (nic: number) => boolean;
 }
 
+export interface WishOfActionOptions extends Pick<WishOptions, 'addressFromMac'> {
+  /** Whether our network driver is called for NICs of this VN_MAD, before the VMM driver. */
+  readonly hasNetworkDriver?: (vnMad: string) => boolean;
+}
+
 /**
- * @param hasNetworkDriver whether our network driver was called before for NICs of this VN_MAD
  * @throws KvmIbError as `wishedMappings`, for the NIC that the action attaches and for a VM that is started; `conflict` for an
  *   alias that cannot come into effect
  */
@@ -58,8 +63,9 @@ export function wishOfAction(
   vm: Vm,
   action: KnownAction,
   held: Held,
-  hasNetworkDriver: (vnMad: string) => boolean = () => false,
+  options: WishOfActionOptions = {},
 ): ActionWish {
+  const { hasNetworkDriver = () => false, addressFromMac = false } = options;
   const without = new Set<number>();
   const attaching: number[] = [];
   for (const { nic } of vm.nics.filter((one) => one.attach)) {
@@ -75,20 +81,22 @@ export function wishOfAction(
     if (action === 'attach_nic' || detachedAliases.includes(alias.nic)) without.add(alias.nic);
   }
   const mustBeMapped = (nic: number): boolean => STARTING.includes(action) || attaching.includes(nic);
-  const wish = wishUnder(config, vm, held, { without, attaching, attachedAliases, detachedAliases, mustBeMapped });
+  const marks = { without, attaching, attachedAliases, detachedAliases, mustBeMapped, addressFromMac };
+  const wish = wishUnder(config, vm, held, marks);
   if (action === 'prereconfigure') refuseIdleAlias(config, vm, attachedAliases, wish.mappings);
   return wish;
 }
 
 /** @throws KvmIbError as `wishedMappings`, for NICs that must be mapped */
 export function wishUnder(config: Config, vm: Vm, held: Held, marks: Marks): ActionWish {
-  const { without, attaching, attachedAliases, detachedAliases, mustBeMapped } = marks;
+  const { without, attaching, attachedAliases, detachedAliases, mustBeMapped, addressFromMac = false } = marks;
   // A NIC whose bridge is in the configuration no more: its network is served until the VM ends.
   const isUnknown = ({ nic, bridge }: Nic) =>
     networkOfBridge(config, bridge) === undefined && held.mappings.some((m) => m.nic === nic && m.bridge === bridge);
   const keep = vm.nics.filter((nic) => !without.has(nic.nic) && isUnknown(nic)).map(({ nic }) => nic);
   const faults: string[] = [];
   const wish = wishedMappings(config, vm, {
+    addressFromMac,
     without,
     onFault: ({ nic }, error) => {
       if (mustBeMapped(nic)) throw error;
@@ -124,7 +132,8 @@ export function refuseIdleAlias(
 
 function isLeaving(vm: Vm, alias: NicAlias, held: Held, hasNetworkDriver: (vnMad: string) => boolean): boolean {
   const prefix = `ETH${alias.parentId}_ALIAS${alias.aliasId}_`;
-  if ([...vm.contextNames].some((name) => name.startsWith(prefix))) return false;
+  const names = [...vm.contextNames].filter((name) => name.startsWith(prefix));
+  if (names.length > 0 && !names.includes(`${prefix}DETACH`)) return false;
   if (held.detachedAliases.includes(alias.nic)) return true;
   // Our network driver comes first: its `clean` has noted one that goes, its `post` has brought one that comes into effect.
   if (alias.vnMad !== null && hasNetworkDriver(alias.vnMad)) return false;

@@ -1,11 +1,12 @@
 /**
- * The driver contract of OpenNebula 6.0 to 7.x, as one_vmm_exec.rb of these versions calls the scripts: argv, standard
+ * The driver contract of OpenNebula 3.4 to 7.x, as one_vmm_exec.rb of these versions calls the scripts: argv, standard
  * input, and what standard error may hold. Two rules shape it:
  *
  * - Every script but `exec` and `exec_cancel` gets two arguments after its own: the VM id and the host of the step
  *   (OpenNebulaDriver.rb). New arguments have always come behind an action's own and before these two, so own arguments
  *   are counted from the front and the two from the end, and more arguments than known are no error.
- * - Arguments are wrapped in single quotes, so an empty one keeps its place.
+ * - Arguments are wrapped in single quotes since 4.2. Before, an empty one vanishes and the rest moves up, and `restore` has
+ *   its deploy id only since 4.4: so fewer arguments than known are an error only where they are needed.
  */
 import { KvmIbError, printable } from '../core/errors.ts';
 import { VM_ID_LIMIT } from './action-data.ts';
@@ -38,28 +39,33 @@ export type Stdin =
 interface ActionShape {
   /** The action's own arguments, in order. */
   readonly args: readonly string[];
+  /** How many of them there must be; without the rest the action can be served as well. */
+  readonly needs: number;
   readonly stdin: Stdin;
   readonly treatment: Treatment;
 }
 
-const shape = (treatment: Treatment, args: readonly string[], stdin: Stdin = 'action-data'): ActionShape => ({
-  args,
-  stdin,
-  treatment,
-});
+const shape = (
+  treatment: Treatment,
+  args: readonly string[],
+  { needs = 0, stdin = 'action-data' }: { readonly needs?: number; readonly stdin?: Stdin } = {},
+): ActionShape => ({ args, needs, stdin, treatment });
 
 /**
- * The actions that OpenNebula 6.0 to 7.x may call. `resize` is there since 6.0, `exec` and `exec_cancel` since 7.2; the
- * others are older. A name that is not here passes, like every `pass` below: it is a newer OpenNebula's.
+ * The actions that OpenNebula 3.4 to 7.x may call. Of 3.4 are deploy, shutdown, cancel, save, restore, migrate, migrate_local,
+ * reboot, poll and poll_ganglia (until 4.2); since 3.8 reset, attach_disk and detach_disk; since 4.0 attach_nic, detach_nic and
+ * the snapshots; since 5.0 prereconfigure and reconfigure; since 5.4 resize_disk; since 6.0 resize; since 7.2 exec and
+ * exec_cancel. A name that is not here passes, like every `pass` below: it is a newer OpenNebula's.
  */
 export const ACTIONS = {
-  deploy: shape('sync-before', ['deploymentFile', 'host'], 'domain'),
+  deploy: shape('sync-before', ['deploymentFile', 'host'], { needs: 2, stdin: 'domain' }),
   shutdown: shape('release-after', ['deployId', 'host']),
   cancel: shape('release-after', ['deployId', 'host']),
   save: shape('release-after', ['deployId', 'checkpointFile', 'host']),
-  restore: shape('sync-before', ['checkpointFile', 'host', 'deployId']),
-  migrate: shape('move', ['deployId', 'destination', 'source']),
-  migrate_local: shape('refuse-if-mapped', ['deployId', 'destination', 'source']),
+  restore: shape('sync-before', ['checkpointFile', 'host', 'deployId'], { needs: 1 }),
+  migrate: shape('move', ['deployId', 'destination', 'source'], { needs: 3 }),
+  migrate_local: shape('refuse-if-mapped', ['deployId', 'destination', 'source'], { needs: 3 }),
+  // The fifth since 4.4, where it is NET_DRV of the host; the tap since 5.0.
   attach_nic: shape('sync-before', ['deployId', 'mac', 'bridge', 'model', 'vnMad', 'target']),
   detach_nic: shape('sync-after', ['deployId', 'mac']),
   reboot: shape('repair-before', ['deployId', 'host']),
@@ -76,6 +82,7 @@ export const ACTIONS = {
   exec: shape('pass', []),
   exec_cancel: shape('pass', []),
   poll: shape('pass', ['deployId', 'host']),
+  poll_ganglia: shape('pass', ['deployId', 'host']),
 } as const satisfies Record<string, ActionShape>;
 
 export type KnownAction = keyof typeof ACTIONS;
@@ -90,8 +97,9 @@ export type ActionCall =
       /** The host that the step runs on, as oned names it. */
       readonly host: string;
       /**
-       * The action's own arguments by name, as in `ACTIONS`. A deploy id may be empty or `-` after a deploy that went wrong, so
-       * nothing may depend on it. Of deploy, `deploymentFile` is an absolute path; `vm.xml` lies in the same folder.
+       * The action's own arguments by name, as in `ACTIONS`; one that did not come is empty. A deploy id is a UUID, `one-<id>`
+       * or, after a deploy that went wrong, empty or `-`; nothing may depend on it. Of deploy, `deploymentFile` is an absolute
+       * path; since 6.0.0 `vm.xml` lies in the same folder.
        */
       readonly args: Readonly<Record<string, string>>;
     };
@@ -117,19 +125,19 @@ export function treatmentOf(action: string): Treatment {
  */
 export function parseActionCall(action: string, argv: readonly string[]): ActionCall {
   if (!isKnownAction(action)) return { treatment: 'pass', action };
-  const { args, treatment } = ACTIONS[action];
+  const { args, needs, treatment } = ACTIONS[action];
   if (treatment === 'pass') return { treatment, action };
 
   const last = argv.length - 2;
-  if (last < args.length) {
+  if (last < needs) {
     throw new KvmIbError('usage', `Cannot run ${action}`, {
-      why: `it got ${argv.length} arguments: ${[...args, 'vmId', 'host'].join(', ')} are needed`,
+      why: `it got ${argv.length} arguments: ${[...args.slice(0, needs), 'vmId', 'host'].join(', ')} are needed`,
       fix: 'let OpenNebula (one_vmm_exec) call it; by hand, give the arguments in this order',
     });
   }
   const vmId = parseVmId(action, argv[last] ?? '');
   const host = nonEmpty(action, 'host', argv[last + 1] ?? '');
-  const own = Object.fromEntries(args.map((name, index) => [name, argv[index] ?? '']));
+  const own = Object.fromEntries(args.map((name, index) => [name, index < last ? (argv[index] ?? '') : '']));
   if (action === 'deploy') absolutePath(action, own['deploymentFile'] ?? '');
   return { treatment, action, vmId, host, args: own };
 }
@@ -174,6 +182,10 @@ export function logText(line: LogLine): string {
   return `${line.level === 'info' ? 'INFO' : 'ERROR'}: kvm-ib: ${oneLine(line.text)}\n`;
 }
 
+/** The marks between which OpenNebula up to 6.0.2 looks for the message (get_error_message in its CommandManager.rb). */
+const BLOCK_START = 'ERROR MESSAGE --8<------\n';
+const BLOCK_END = 'ERROR MESSAGE ------>8--\n';
+
 /**
  * What standard error must hold when an action of ours fails: the log lines, then exactly one plain line for the user.
  * What becomes of it:
@@ -182,16 +194,19 @@ export function logText(line: LogLine): string {
  *   `ExitCode: N`. So there is one plain line, it ends in a full stop, and it does not start like a log line.
  * - 6.0.3 to 6.10: all of standard error, with spaces for line ends, is the message; it starts with the log lines, so
  *   give few, and none that says what the message says.
- * - 6.0.0 to 6.0.2: only text between `ERROR MESSAGE --8<------` marks becomes the message, and there is none here:
- *   USER_TEMPLATE/ERROR stays unset, the plain line is in the VM's log. In every later version the marks themselves
- *   would be part of the message, so they are left out.
+ * - 3.4 to 6.0.2: only text between two marks becomes the message. In every later version the marks themselves would be
+ *   part of it, so they are printed only for a caller that is known to look for them; see `wantsErrorBlock`.
  * - All: the last character must be a line end, or one_vmm_exec waits for its end mark for ever; a message that starts
  *   with `-` would not be stored; a line `ExitCode: N EOF_ERR` would end the answer early. The fixed start excludes
  *   both.
  */
-export function failureText(failure: { readonly log: readonly LogLine[]; readonly message: string }): string {
+export function failureText(
+  failure: { readonly log: readonly LogLine[]; readonly message: string },
+  { block = false }: { readonly block?: boolean } = {},
+): string {
   const message = oneLine(failure.message).replace(/[\s.;:,]+$/, '');
-  return `${failure.log.map(logText).join('')}kvm-ib: ${message === '' ? 'failed' : message}.\n`;
+  const line = `kvm-ib: ${message === '' ? 'failed' : message}.\n`;
+  return `${failure.log.map(logText).join('')}${block ? `${BLOCK_START}${line}${BLOCK_END}` : line}`;
 }
 
 /** An error as the text of that one line: what failed, why, and what to do. */

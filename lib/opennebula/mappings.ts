@@ -46,8 +46,9 @@ export interface WishOptions {
   /** Takes the error of a NIC that cannot be mapped, instead of throwing it; the NIC is left out. */
   readonly onFault?: (nic: Nic, error: KvmIbError) => void;
   /**
-   * Take the guest address from the last four bytes of the MAC where the VM XML has no IP. Off by default: the two
-   * differ when the address range has a MAC of its own, SHARED=yes, MAC_GLOBAL_SPACE or another MAC_PREFIX.
+   * Take the guest address from the last four bytes of the MAC where there is no IP: for OpenNebula that tells no more (deploy
+   * before 6.0). Off by default: the two differ when the address range has a MAC of its own, SHARED=yes or MAC_GLOBAL_SPACE.
+   * A MAC that was made from no address nearly always reads as one outside `guests`, and is refused.
    */
   readonly addressFromMac?: boolean;
 }
@@ -122,6 +123,12 @@ function mappingOf(
   const mac = guestMac(who, nic);
   const guest = guestAddress(network, who, nic, mac, options);
   const offset = rangeOffset(network.guests, guest);
+  if (offset === undefined && nic.ip === null) {
+    throw new KvmIbError('out-of-range', `Cannot map ${who}`, {
+      why: `OpenNebula tells no address of it, and its MAC ${mac} reads as ${guest}, which is outside the guests ${printRange(network.guests)} of network "${network.name}"`,
+      fix: 'let the VNM driver of kvm-ib tell its address (VN_MAD kvm-ib: docs/install.md), or lease it an address of that range whose MAC OpenNebula makes from the address',
+    });
+  }
   if (offset === undefined) {
     throw new KvmIbError('out-of-range', `Cannot map ${who}${onNetwork(nic)}`, {
       why: `its address ${guest} is outside the guests ${printRange(network.guests)} of network "${network.name}"`,

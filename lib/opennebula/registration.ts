@@ -18,7 +18,7 @@ export interface OneVersion {
 
 /**
  * @param text content of `/var/lib/one/remotes/VERSION`, or what the operator says
- * @throws KvmIbError `bad-input` when it is no version; `unsupported` below 6.0, whose deploy leaves no VM description
+ * @throws KvmIbError `bad-input` when it is no version; `unsupported` below 6.0, whose sections are not known here
  */
 export function parseOneVersion(text: string): OneVersion {
   const parts = /^\s*(\d{1,3})\.(\d{1,3})((?:\.\d{1,5}){0,3})(?:[-+~][A-Za-z0-9.]{0,20})?\s*$/.exec(text);
@@ -30,9 +30,9 @@ export function parseOneVersion(text: string): OneVersion {
   }
   const version = { major: Number(parts[1]), minor: Number(parts[2]), text: text.trim() };
   if (version.major >= 6) return version;
-  throw new KvmIbError('unsupported', `Cannot serve OpenNebula ${version.text}`, {
-    why: 'before 6.0 a deploy does not say which NICs and addresses the VM has',
-    fix: 'upgrade OpenNebula to 6.0 or later',
+  throw new KvmIbError('unsupported', `Cannot set OpenNebula ${version.text} up`, {
+    why: 'the driver does, but before 6.0 it is registered by hand',
+    fix: 'follow docs/install.md, "OpenNebula before 6.0"',
   });
 }
 

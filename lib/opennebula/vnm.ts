@@ -11,7 +11,7 @@
  * In a live migration the host that `post` and `clean` get is the source, and the newest history record names the destination.
  *
  * The VM is a part of what the other drivers get, put together by XPath: each value stands in an element TEMPLATE, or
- * HISTORY_RECORDS, of its own. NICs without VN_MAD are not in it, LCM_STATE neither.
+ * HISTORY_RECORDS, of its own. NICs without VN_MAD are not in it, LCM_STATE neither. Up to 4.4 it is the whole VM.
  */
 import { KvmIbError, printable } from '../core/errors.ts';
 import type { Config } from '../core/mapping.ts';
@@ -29,6 +29,7 @@ export type NetworkAction = (typeof NETWORK_ACTIONS)[number];
 
 export interface NetworkCall {
   readonly action: NetworkAction;
+  readonly deployId: string | undefined;
   /** The VM in base64 as it came as argument; null: it comes on standard input. */
   readonly vm: string | null;
   /** Host that the action says it is for; the source in a live migration. Null where this version does not say. */
@@ -58,7 +59,8 @@ export function parseNetworkCall(action: string, argv: readonly string[]): Netwo
   const isVm = ENCODED_VM.test(first) && first.length > LONGEST_LABEL;
   const own = isVm ? rest : argv;
   const host = (known === 'post' ? own[1] : known === 'clean' ? own[0] : undefined) ?? '';
-  return { action: known, vm: isVm ? first : null, host: host === '' ? null : host };
+  const deployId = known === 'post' || known === 'update_nic' ? own[0] : undefined;
+  return { action: known, deployId, vm: isVm ? first : null, host: host === '' ? null : host };
 }
 
 /**
@@ -88,12 +90,29 @@ function gathered(vm: XmlElement): XmlElement {
   const [history] = records.flatMap((one) => childrenNamed(one, 'HISTORY'));
   const rest = vm.children.filter(({ name }) => name !== 'TEMPLATE' && name !== 'HISTORY_RECORDS');
   const children = [...rest];
-  if (template !== undefined) children.push({ ...template, children: templates.flatMap((one) => one.children) });
+  if (template !== undefined) {
+    children.push({ ...template, children: numbered(templates.flatMap((one) => one.children)) });
+  }
   if (record !== undefined && history !== undefined && records.length > 1) {
     const values = records.flatMap((one) => childrenNamed(one, 'HISTORY')).flatMap((one) => one.children);
     children.push({ ...record, children: [{ ...history, children: values }] });
   } else children.push(...records);
   return { ...vm, children };
+}
+
+/** NICs have numbers since 4.0. Before, none came or went while a VM ran, so that their place is one. */
+function numbered(children: readonly XmlElement[]): readonly XmlElement[] {
+  const hasNumbers = children.some(
+    ({ name, children: own }) => name === 'NIC' && own.some((one) => one.name === 'NIC_ID'),
+  );
+  if (hasNumbers) return children;
+  let place = 0;
+  return children.map((child) => {
+    if (child.name !== 'NIC') return child;
+    const number = { ...child, name: 'NIC_ID', attributes: new Map(), children: [], text: String(place) };
+    place += 1;
+    return { ...child, children: [...child.children, number] };
+  });
 }
 
 /** Whether a NIC or an alias of this VM is being attached to it, or detached: OpenNebula marks it either way. */

@@ -160,6 +160,18 @@ describe('before a VM comes', () => {
     expect(rig.snapshot()).toEqual(before);
   });
 
+  test('the reason stands between the marks that its version looks for', async () => {
+    await rig.cli(['add', '--guest', '192.168.122.5']);
+    for (const version of VNM_VERSIONS) {
+      const { stderr } = await call('pre', testVm(42, [5]), { version, driver: 'kvm-ib' }, { deployed: false });
+      const between = /^ERROR MESSAGE --8<------\n(kvm-ib: [^\n]+\.\n)ERROR MESSAGE ------>8--\n$/.exec(stderr)?.[1];
+      expect([version.name, version.vmIn === 'argument' ? between : stderr]).toEqual([
+        version.name,
+        expect.stringMatching(ONE_LINE),
+      ]);
+    }
+  });
+
   test('clean ends what a deploy that failed has left', async () => {
     expect(await call('pre', one, KVM_IB, { deployed: false })).toEqual(OK);
     expectMapped(NIC0);

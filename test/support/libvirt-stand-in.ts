@@ -37,12 +37,15 @@ export function startLibvirtStandIn(folder: string): LibvirtStandIn {
     `#!/bin/sh
 [ -e '${silent}' ] && { echo 'error: failed to connect to the hypervisor' >&2; exit 1; }
 cd '${domains}' || exit 1
-# --readonly --connect URI COMMAND ...
-shift 3
+# [--readonly] --connect URI COMMAND ...
+[ "$1" != --readonly ] || shift
+shift 2
 one() {
   case $1 in
     list) ls; echo ;;
     echo) echo "$2" ;;
+    # A checkpoint is a file with the domain XML.
+    save-image-dumpxml) cat "$2" ;;
     domiflist)
       [ -e "$2" ] || { echo "error: failed to get domain '$2'" >&2; return 1; }
       echo ' Interface   Type     Source   Model    MAC'

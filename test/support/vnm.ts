@@ -75,7 +75,8 @@ export function networkVm(version: VnmVersion, { vm, deployed, host, newest }: N
 
 /** What one_vmm_exec makes of the VM: each value in elements of its own, since REXML adds the path anew for each. */
 export function partOfVm(version: VnmVersion, text: string): string {
-  if (version.paths === null) return text;
+  // NICs have no numbers before 4.0.
+  if (version.paths === null) return text.replace(/<NIC_ID>.*?<\/NIC_ID>/g, '');
   const root = parseXml(text, { roots: ['VM'], what: 'the VM' });
   const pick = (path: string, only: (text: string) => boolean = () => true): string => {
     const names = path.split('/');

@@ -80,6 +80,21 @@ describe('the marked alias', () => {
     expect(wish('reconfigure', bare, { ...held(first), detachedAliases: [2] }).addresses[0]).toBe('0 192.168.10.202');
   });
 
+  it('with the mark of a detach (5.8), which stays for the next alias of that number, is judged as without a context', () => {
+    const data = actionData(coming, 'h').replace(
+      '<ETH0_ALIAS0_IP>',
+      '<ETH0_ALIAS0_DETACH>YES</ETH0_ALIAS0_DETACH><ETH0_ALIAS0_IP>',
+    );
+    expect(data).toContain('_DETACH');
+    const of = (has: Held) => {
+      const { mappings } = wishOfAction(CONFIG, parseActionData(data).vm, 'reconfigure', has);
+      return mappings[0]?.address;
+    };
+    expect(of(inEffect)).toBe('192.168.10.202');
+    expect(of({ ...held(first, second), detachedAliases: [2] })).toBe('192.168.10.202');
+    expect(of(held(first, second))).toBe('192.168.10.208');
+  });
+
   it('is refused where it would not come into effect, as long as there is somebody to tell', async () => {
     const another = { ...alias, id: 4, aliasId: 1, ip: '192.168.10.207' };
     const second = vm({ aliases: [{ ...alias, attach: false }, another], context: { leaving: [] } });

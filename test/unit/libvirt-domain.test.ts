@@ -35,6 +35,27 @@ describe('parseDomain', () => {
     ]);
   });
 
+  test('tells the place among all interfaces, and the address that a filter lets pass', () => {
+    const filter = (...ips: readonly string[]) =>
+      `<filterref filter='clean-traffic'>${ips.map((ip) => `<parameter name='IP' value='${ip}'/>`).join('')}<parameter name='MAC' value='x'/></filterref>`;
+    const bridged = (inside: string) => `<interface type='bridge'><source bridge='b'/>${inside}</interface>`;
+    const xml = `<domain><devices><interface type='ethernet'/>${bridged(filter('10.0.0.1'))}</devices><devices>${bridged(filter('10.0.0.1', '10.0.0.2'))}${bridged(filter())}${bridged('')}</devices></domain>`;
+    expect(parseDomain(xml).interfaces.map(({ place, ip }) => [place, ip])).toEqual([
+      [1, '10.0.0.1'],
+      [2, null],
+      [3, null],
+      [4, null],
+    ]);
+  });
+
+  test('tells the version of OpenNebula, which 5.8 and later write into the metadata', () => {
+    expect(parseDomain(fixture('domain-7.4')).openNebulaVersion).toBe('7.4.0');
+    expect(parseDomain(fixture('domain-6.0')).openNebulaVersion).toBe('6.0.0');
+    for (const metadata of ['', '<metadata/>', '<metadata><system_datastore>/d</system_datastore></metadata>']) {
+      expect(parseDomain(`<domain>${metadata}</domain>`).openNebulaVersion).toBeNull();
+    }
+  });
+
   test('tells the interfaces of one bridge', () => {
     const found = interfacesOnBridge(parseDomain(fixture('domain-7.4')), 'br0');
     expect(found.map((one) => one.mac)).toEqual(['02:00:3c:11:9f:40']);

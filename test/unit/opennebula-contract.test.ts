@@ -71,8 +71,22 @@ describe('parseActionCall', () => {
     expect(parseActionCall('detach_nic', [UUID, 'mac', 'new', '7', 'h1'])).toMatchObject({ vmId: 7, host: 'h1' });
   });
 
+  test('minds a missing argument only where it is needed: restore has no deploy id before 4.4, empty ones vanish before 4.2', () => {
+    expect(parseActionCall('restore', ['/c', 'h1', '7', 'h1'])).toMatchObject({
+      vmId: 7,
+      args: { checkpointFile: '/c', host: 'h1', deployId: '' },
+    });
+    expect(parseActionCall('cancel', ['h1', '7', 'h1'])).toMatchObject({ vmId: 7, args: { deployId: 'h1', host: '' } });
+    expect(parseActionCall('attach_nic', ['one-7', 'mac', 'br', '-', '7', 'h1'])).toMatchObject({
+      vmId: 7,
+      args: { deployId: 'one-7', mac: 'mac', bridge: 'br', model: '-', vnMad: '', target: '' },
+    });
+    expect(refusal(() => parseActionCall('migrate', ['h2', 'h1', '7', 'h1'])).code).toBe('usage');
+    expect(refusal(() => parseActionCall('restore', ['7', 'h1'])).code).toBe('usage');
+  });
+
   test('passes every other action and any unknown one without a look at its arguments', () => {
-    for (const action of ['attach_disk', 'poll', 'resize', 'exec', 'snapshot_create', 'brand_new']) {
+    for (const action of ['attach_disk', 'poll', 'poll_ganglia', 'resize', 'exec', 'snapshot_create', 'brand_new']) {
       expect(parseActionCall(action, ['\n', ''])).toEqual({ treatment: 'pass', action });
     }
     for (const action of ['toString', '__proto__', 'constructor', '']) {
@@ -158,6 +172,12 @@ describe('failureText', () => {
         expect(lines.join('')).not.toMatch(/[\u0000-\u001f\u007f-\u009f\u2028\u2029\u202e]/);
         expect(Math.max(...lines.map((one) => one.length))).toBeLessThan(8000);
       }),
+    );
+  });
+
+  test('stands between marks where they are asked for, with the log lines before them', () => {
+    expect(failureText({ log: [{ level: 'info', text: 'a' }], message: 'Cannot b' }, { block: true })).toBe(
+      'INFO: kvm-ib: a\nERROR MESSAGE --8<------\nkvm-ib: Cannot b.\nERROR MESSAGE ------>8--\n',
     );
   });
 

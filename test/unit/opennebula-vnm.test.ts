@@ -91,10 +91,11 @@ describe.each(VNM_VERSIONS)('$name', (version) => {
     expect(parseNetworkVm(networkVm(version, step), 'it').datastore).toBe(knows ? 0 : null);
   });
 
-  it('has the aliases of the VM from 5.6 on', () => {
+  // There are none before 5.6, and nothing of them is given on.
+  it('has the aliases of the VM, if it gives them on', () => {
+    if (version.paths === null) return;
     const text = networkVm(version, { ...step, vm: vm({ aliases: [alias()] }) });
-    const has = version.paths === null || version.lists.includes('NIC_ALIAS');
-    expect(parseNetworkVm(text, 'it').aliases).toHaveLength(has ? 1 : 0);
+    expect(parseNetworkVm(text, 'it').aliases).toHaveLength(version.lists.includes('NIC_ALIAS') ? 1 : 0);
   });
 });
 
@@ -244,7 +245,8 @@ describe('both drivers at once', () => {
   const read = parseActionData(actionData(bare, 'h')).vm;
   const inEffect = held(mapping(2, { vm: 42, to: 8 }), second);
   const reconfigure = (has: Held, ours: boolean) =>
-    wishOfAction(CONFIG, read, 'reconfigure', has, (vnMad) => ours && vnMad === 'dummy').mappings[0]?.address;
+    wishOfAction(CONFIG, read, 'reconfigure', has, { hasNetworkDriver: (vnMad) => ours && vnMad === 'dummy' })
+      .mappings[0]?.address;
 
   it('without a context, an alias that post has brought into effect is not taken for one that goes', () => {
     expect(reconfigure(inEffect, true)).toBe('192.168.10.208');

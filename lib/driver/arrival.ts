@@ -134,8 +134,10 @@ async function conclude(
 /** @returns undefined when nobody can tell: the file stays pending, and reconcile decides */
 async function withoutVerdict(ends: Ends): Promise<'commit' | 'undo' | undefined> {
   const began = performance.now();
-  let wasThere = ends.hasBegun();
+  let wasThere = false;
   for (;;) {
+    // Before the look at the domain, which is there as long as its tap is.
+    wasThere ||= ends.hasBegun();
     const state = await ends.state();
     const waited = performance.now() - began;
     if (state === 'here') return 'commit';

@@ -21,11 +21,15 @@ import {
   runSteps,
 } from '../host/installer.ts';
 import { createIptables, guestsUnderOldRules } from '../host/iptables.ts';
+import { ONEHOST, ONEVNET } from '../host/one-command.ts';
 import { DEFAULT_RUN_DIR, DEFAULT_STATE_DIR, FIXED_PATHS } from '../host/paths.ts';
 import { createStore } from '../host/store.ts';
 import { createHost, requireRights } from '../host/this-host.ts';
 import { parseNetwork, subnetOf } from '../libvirt/network.ts';
-import { DRIVER, otherNames, parseOneVersion } from '../opennebula/registration.ts';
+import type { FrontEndFiles } from '../opennebula/registration.ts';
+import { DRIVER, isRegistered, otherNames, parseOneVersion, STOCK } from '../opennebula/registration.ts';
+import type { DriverName, NamedFiles } from '../ops/driver-name.ts';
+import { DRIVER_NAMES, editLines, giveName, parseDriverName, planEdit, takeName } from '../ops/driver-name.ts';
 import type { Item, Note, Operation, Sign, Step } from '../ops/install.ts';
 import { isChange, octal, planInstall, planUninstall } from '../ops/install.ts';
 import type { FrontEndFacts } from '../ops/install-front-end.ts';
@@ -69,6 +73,7 @@ import {
   refuseOtherNetworkDriver,
 } from '../ops/install-network-driver.ts';
 import { teardown } from '../ops/teardown.ts';
+import { oneHosts, oneNetworks } from './facts.ts';
 
 /** What a command needs of the program that it is part of. */
 export interface Shell {
@@ -146,11 +151,16 @@ export function addInstallCommands(program: Command, shell: Shell): void {
       [
         'kvm-ib install front-end --dry-run',
         'kvm-ib install front-end --config kvm-ib.yaml --mtu 4092 --templates /var/lib/one/kvm-ib-templates',
+        'kvm-ib install front-end --driver-name kvm-ib --dry-run    also what it would write into oned.conf',
         'kvm-ib install front-end --vnm                 where the VMM driver of OpenNebula stays',
         'kvm-ib install front-end --hooks-of dummy      the same, called by another network driver',
       ],
     )
     .option(...root)
+    .option(
+      '--driver-name <name>',
+      'write the driver into oned.conf under this name, kvm-ib or kvm (docs/driver-name.md); else it is printed',
+    )
     .option('--one-version <version>', `default: what ${VERSION_FILE} says`)
     .option('--mtu <bytes>', `MTU of the IPoIB link, for the guests; default: ${COMMON_MTU}`)
     .option('--bridge-address <address>', "the host's address on the bridge; default: as `network-xml`")
@@ -175,9 +185,13 @@ export function addInstallCommands(program: Command, shell: Shell): void {
       'front-end',
       "Take driver and probes out of OpenNebula's remotes",
       ['dry-run'],
-      ['kvm-ib uninstall front-end --dry-run'],
+      [
+        'kvm-ib uninstall front-end --dry-run',
+        'kvm-ib uninstall front-end --driver-name kvm    the driver "kvm" is the stock one again; nothing else goes',
+      ],
     )
     .option(...root)
+    .option('--driver-name <name>', 'take this name alone out of oned.conf, kvm-ib or kvm; all files stay')
     .option('--purge', 'the configuration as well')
     .option('--force', 'also while hosts of this driver run VMs, or when OpenNebula does not answer')
     .action((options: UninstallFrontEndOptions) => uninstallFrontEnd(shell, options));
@@ -466,6 +480,7 @@ async function takeDown(shell: Shell, target: Target): Promise<void> {
 }
 
 interface FrontEndOptions extends Options {
+  readonly driverName?: string;
   readonly oneVersion?: string;
   readonly mtu?: string;
   readonly bridgeAddress?: string;
@@ -475,6 +490,7 @@ interface FrontEndOptions extends Options {
 }
 
 interface UninstallFrontEndOptions extends Options {
+  readonly driverName?: string;
   readonly force?: boolean;
   readonly purge?: boolean;
 }
@@ -482,7 +498,9 @@ interface UninstallFrontEndOptions extends Options {
 async function installFrontEnd(shell: Shell, options: FrontEndOptions): Promise<void> {
   const target = open(shell, options, 'install front-end');
   const pack = findPackage();
-  const facts = frontEndFacts(target, options);
+  const found = frontEndFacts(target, options);
+  const named = found.driverName === null ? null : giveName(found.driverName, found.version, found);
+  const facts: FrontEndFacts = named === null ? found : { ...found, ...textsOf(found, named), edits: editsOf(named) };
   const given = options.config === undefined ? null : readConfigText(options.config);
   const look = target.observe(pack, new Map());
   refuseOlderDriver(look);
@@ -505,23 +523,47 @@ async function installFrontEnd(shell: Shell, options: FrontEndOptions): Promise<
             : templateItems(facts.templates, facts),
           here.observe(pack, new Map()),
         );
+  const edits = named === null ? [] : planEdits(found, named);
   if (!options.dryRun) {
-    await target.apply(driver, pack);
+    await target.apply([...driver, ...edits], pack);
     await here.apply(templates, pack);
   }
   const size = syncedSize(driver);
   const notes = network.isChosen ? networkDriverNotes(facts, network.hooksOf, size) : frontEndNotes(facts, size);
-  show(shell, options, { operations: [...driver, ...templates], steps: [], results: [], notes, synced: size });
+  const operations = [...driver, ...edits, ...templates];
+  show(shell, options, { operations, steps: [], results: [], notes, synced: size });
+}
+
+function planEdits(before: FrontEndFiles, after: NamedFiles): readonly Operation[] {
+  return [
+    ...planEdit(ONED_CONF, before.onedConf, after.onedConf),
+    ...planEdit(VMM_EXECRC, before.vmmExecrc, after.vmmExecrc),
+  ];
+}
+
+function textsOf(before: FrontEndFiles, after: NamedFiles): FrontEndFiles {
+  return { onedConf: after.onedConf.text, vmmExecrc: after.vmmExecrc?.text ?? before.vmmExecrc };
+}
+
+function editsOf({ onedConf, vmmExecrc }: NamedFiles): FrontEndFacts['edits'] {
+  const all = [[ONED_CONF, onedConf.edits] as const, [VMM_EXECRC, vmmExecrc?.edits ?? []] as const];
+  return new Map(all.filter(([, edits]) => edits.length > 0));
 }
 
 /** Chosen now, or by an earlier run: then it is brought up to date. */
 function networkUse(
   look: ReturnType<Target['observe']>,
   { version }: FrontEndFacts,
-  { vnm = false, hooksOf }: FrontEndOptions,
+  { vnm = false, hooksOf, driverName }: FrontEndOptions,
 ): { readonly isChosen: boolean; readonly isWanted: boolean; readonly hooksOf: readonly string[] } {
   const there = installedNetworkDriver(look);
   const isChosen = vnm || hooksOf !== undefined;
+  if (isChosen && driverName !== undefined) {
+    throw new KvmIbError('usage', 'Cannot install both drivers at once', {
+      why: '--driver-name is the name of the VMM driver, which --vnm and --hooks-of do without',
+      fix: 'leave one of them out; for both drivers run the command twice',
+    });
+  }
   if (isChosen) refuseOtherNetworkDriver(look);
   const asked = hooksOf === undefined ? [] : parseHooksOf(hooksOf, version, look);
   return { isChosen, isWanted: isChosen || there.isThere, hooksOf: [...new Set([...asked, ...there.hooksOf])] };
@@ -559,6 +601,8 @@ function frontEndFacts(target: Target, options: FrontEndOptions): FrontEndFacts 
     return { network, options: { gateway: address, prefixLength: subnetOf(network, address), mtu } };
   });
   return {
+    driverName: options.driverName === undefined ? null : parseDriverName(options.driverName),
+    edits: new Map(),
     version: parseOneVersion(said),
     onedConf: target.readText(ONED_CONF),
     vmmExecrc: target.readText(VMM_EXECRC),
@@ -572,10 +616,24 @@ function frontEndFacts(target: Target, options: FrontEndOptions): FrontEndFacts 
 async function uninstallFrontEnd(shell: Shell, options: UninstallFrontEndOptions): Promise<void> {
   const target = open(shell, options, 'uninstall front-end');
   const pack = findPackage();
-  if (target.live && !options.force) {
-    await refuseWhileHostsRun(target);
-    await refuseWhileNetworksLease(target);
+  const alone = options.driverName === undefined ? undefined : parseDriverName(options.driverName);
+  const files = { onedConf: target.readText(ONED_CONF), vmmExecrc: target.readText(VMM_EXECRC) };
+  const named = takeName(alone === undefined ? DRIVER_NAMES : [alone], files);
+  const edits = planEdits(files, named);
+  if (target.live && !options.force && (alone === undefined || edits.length > 0)) {
+    await refuseWhileHostsRun(target, files, alone);
+    if (alone === undefined) await refuseWhileNetworksLease(target);
   }
+  // With a name alone the driver stays, for the other one.
+  const driver = alone === undefined ? planFrontEndRemoval(target, pack, options) : [];
+  // First oned.conf: a section whose scripts are gone is worse than scripts that no section names.
+  if (!options.dryRun) await target.apply([...edits, ...driver], pack);
+  const operations = [...edits, ...driver];
+  const notes = operations.length > 0 ? uninstalledNotes(named, alone) : [];
+  show(shell, options, { operations, steps: [], results: [], notes });
+}
+
+function planFrontEndRemoval(target: Target, pack: Package, options: UninstallFrontEndOptions): readonly Operation[] {
   const look = target.observe(pack, new Map());
   const network = installedNetworkDriver(look);
   const drivers = pack.list('drivers');
@@ -588,69 +646,73 @@ async function uninstallFrontEnd(shell: Shell, options: UninstallFrontEndOptions
     target.exists(HOST_RECORD) ? 'this machine is a host with kvm-ib as well' : undefined,
   );
   const own = items.flatMap((item) => (item.kind === 'directory' && item.own ? [item.path] : []));
-  const operations = planUninstall({ items, inside: target.inside(own), madeDirectories: [], keep }, look);
-  if (!options.dryRun) await target.apply(operations, pack);
-  const notes: Note[] =
-    operations.length > 0
-      ? [
-          {
-            title: `Take the section VM_MAD of "kvm-ib" out of ${ONED_CONF} and its words out of ${VMM_EXECRC}, then`,
-            text: [
-              '# the two hooks, if you made them: onehook list, onehook delete ID',
-              'systemctl restart opennebula',
-              `runuser -u ${FRONT_END_USER} -- onehost sync --force`,
-            ].join('\n'),
-          },
-        ]
-      : [];
-  show(shell, options, { operations, steps: [], results: [], notes });
+  return planUninstall({ items, inside: target.inside(own), madeDirectories: [], keep }, look);
 }
 
-/** Without its scripts OpenNebula could not even shut the VMs of these hosts down. */
-async function refuseWhileHostsRun(target: Target): Promise<void> {
-  const ONEHOST = '/usr/bin/onehost';
+function uninstalledNotes(named: NamedFiles, alone: DriverName | undefined): readonly Note[] {
+  const lines = [...editsOf(named)].map(([path, edits]) => ({
+    title: `Lines of ${path}`,
+    text: editLines(edits).join('\n'),
+  }));
+  const left = [
+    ...(isRegistered(named.onedConf.text) ? [DRIVER] : []),
+    ...otherNames(named.onedConf.text).filter((name) => name !== STOCK),
+  ].filter(() => alone === undefined);
+  const sync = `runuser -u ${FRONT_END_USER} -- onehost sync --force`;
+  const then = [
+    ...(alone === undefined ? ['# the two hooks, if you made them: onehook list, onehook delete ID'] : []),
+    'systemctl restart opennebula',
+    ...(alone === undefined ? [sync] : []),
+  ].join('\n');
+  const title =
+    left.length === 0
+      ? 'Then'
+      : `Take the section VM_MAD of "${left.join('", "')}" out of ${ONED_CONF} and its words out of ${VMM_EXECRC}, then`;
+  return [...lines, { title, text: then }];
+}
+
+/**
+ * Without its scripts OpenNebula could not even shut the VMs of these hosts down; under the stock ones the mappings of
+ * those that have some would stay.
+ */
+async function refuseWhileHostsRun(target: Target, files: FrontEndFiles, alone: DriverName | undefined): Promise<void> {
   if (!target.exists(ONEHOST)) return;
   const refuse = (why: string): KvmIbError =>
-    new KvmIbError('conflict', 'Cannot uninstall the driver', {
+    new KvmIbError('conflict', `Cannot uninstall the driver${alone === undefined ? '' : ` "${alone}"`}`, {
       why,
       fix: 'power their VMs off and move the hosts to another driver first; or use --force',
     });
-  const asked = await exec(['/usr/sbin/runuser', '-u', FRONT_END_USER, '--', ONEHOST, 'list', '--xml']).catch(
-    toKvmIbError,
-  );
-  if (asked instanceof KvmIbError || asked.status !== 0) {
-    throw refuse('OpenNebula does not say which hosts use it (`onehost list` failed)');
+  const hosts = await oneHosts();
+  if (hosts instanceof KvmIbError) {
+    throw refuse(`OpenNebula does not say which hosts use it (\`onehost list\` failed: ${hosts.why})`);
   }
-  const names = [DRIVER, ...otherNames(target.readText(ONED_CONF))];
-  const busy = (asked.stdout.match(/<HOST>[\s\S]*?<\/HOST>/g) ?? []).flatMap((host) => {
-    const text = (tag: string): string =>
-      new RegExp(`<${tag}>\\s*(?:<!\\[CDATA\\[)?([^<\\]]*)`).exec(host)?.[1]?.trim() ?? '';
-    return names.includes(text('VM_MAD')) && Number(text('RUNNING_VMS')) > 0 ? [printable(text('NAME'), 60)] : [];
-  });
-  if (busy.length > 0) throw refuse(`VMs run on hosts of this driver: ${busy.slice(0, 10).join(', ')}`);
+  const names = alone === undefined ? [DRIVER, ...otherNames(files.onedConf)] : [alone];
+  // Hosts of "kvm" without kvm-ib have nothing mapped: for them the stock scripts are the same.
+  const busy = hosts.filter(
+    ({ driver, runningVms, kvmIb }) => names.includes(driver) && runningVms > 0 && (driver !== STOCK || kvmIb !== null),
+  );
+  if (busy.length > 0) {
+    const some = busy.slice(0, 10).map(({ name }) => printable(name, 60));
+    throw refuse(`VMs run on hosts of this driver: ${some.join(', ')}${busy.length > 10 ? ', …' : ''}`);
+  }
 }
 
 /** Nor the VMs of networks whose network driver it is. A hook that is gone is not missed. */
 async function refuseWhileNetworksLease(target: Target): Promise<void> {
-  const ONEVNET = '/usr/bin/onevnet';
   if (!target.exists(ONEVNET) || !target.exists(NETWORK_DIRECTORY)) return;
   const refuse = (why: string): KvmIbError =>
     new KvmIbError('conflict', 'Cannot uninstall the network driver', {
       why,
       fix: 'detach their NICs, or power their VMs off and give the networks another VN_MAD first; or use --force',
     });
-  const asked = await exec(['/usr/sbin/runuser', '-u', FRONT_END_USER, '--', ONEVNET, 'list', '--xml']).catch(
-    toKvmIbError,
-  );
-  if (asked instanceof KvmIbError || asked.status !== 0) {
-    throw refuse('OpenNebula does not say which virtual networks use it (`onevnet list` failed)');
+  const networks = await oneNetworks();
+  if (networks instanceof KvmIbError) {
+    throw refuse(`OpenNebula does not say which virtual networks use it (\`onevnet list\` failed: ${networks.why})`);
   }
-  const busy = (asked.stdout.match(/<VNET>[\s\S]*?<\/VNET>/g) ?? []).flatMap((network) => {
-    const text = (tag: string): string =>
-      new RegExp(`<${tag}>\\s*(?:<!\\[CDATA\\[)?([^<\\]]*)`).exec(network)?.[1]?.trim() ?? '';
-    return text('VN_MAD') === DRIVER && Number(text('USED_LEASES')) > 0 ? [printable(text('NAME'), 60)] : [];
-  });
-  if (busy.length > 0) throw refuse(`virtual networks with this driver have leases: ${busy.slice(0, 10).join(', ')}`);
+  const busy = networks.filter(({ driver, usedLeases }) => driver === DRIVER && (usedLeases ?? 0) > 0);
+  if (busy.length === 0) return;
+  const some = busy.slice(0, 10).map(({ name }) => printable(name, 60));
+  throw refuse(`virtual networks with this driver have leases: ${some.join(', ')}${busy.length > 10 ? ', …' : ''}`);
 }
 
 interface Outcome {

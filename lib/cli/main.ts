@@ -1,6 +1,5 @@
 #!/usr/bin/env node
 /** The command `kvm-ib`. Each command reads its options, calls one operation of `ops/`, and shows the result. */
-import { readFileSync } from 'node:fs';
 import { Command, CommanderError, Option } from 'commander';
 import type { Ipv4 } from '../core/address.ts';
 import { parseIpv4, parseMac } from '../core/address.ts';
@@ -12,8 +11,6 @@ import type { Mapping, Network, Owner } from '../core/mapping.ts';
 import type { Change } from '../core/plan.ts';
 import { describe } from '../core/plan.ts';
 import { readConfig } from '../host/config-file.ts';
-import { exec } from '../host/exec.ts';
-import { createIptables, guestsUnderOldRules, legacyTables } from '../host/iptables.ts';
 import { createLinks } from '../host/links.ts';
 import { pathsFrom } from '../host/paths.ts';
 import { ownIdentity } from '../host/process.ts';
@@ -23,17 +20,18 @@ import { createHost, repeatAnnouncements, requireRights } from '../host/this-hos
 import { networkXml } from '../libvirt/network.ts';
 import type { Selection } from '../ops/announce.ts';
 import { announce } from '../ops/announce.ts';
-import { checkConfig } from '../ops/check.ts';
+import { worstOf } from '../ops/check.ts';
 import type { Host } from '../ops/host.ts';
 import type { Outdated } from '../ops/inspect.ts';
 import { list, status } from '../ops/inspect.ts';
-import { obstacles, oldRulesFinding } from '../ops/obstacles.ts';
 import { reconcileAndPublish } from '../ops/publish.ts';
 import { refuseUnderOldRules, sync } from '../ops/sync.ts';
 import { teardown } from '../ops/teardown.ts';
+import { addDoctorCommand } from './doctor.ts';
+import { configFindings, firewallFindings } from './facts.ts';
 import { addImportCommand } from './import.ts';
 import { addInstallCommands } from './install.ts';
-import { renderPlan, table, wantsColour } from './render.ts';
+import { renderFindings, renderPlan, table, wantsColour } from './render.ts';
 
 declare const KVM_IB_VERSION: string | undefined;
 const VERSION = typeof KVM_IB_VERSION === 'string' ? KVM_IB_VERSION : 'development';
@@ -103,6 +101,7 @@ function program(): Command {
   kvm-ib status                                 what differs from the kernel
   kvm-ib reconcile --dry-run                    what would be brought right
   kvm-ib announce                               tell the fabric again where the addresses are
+  kvm-ib doctor                                 is this machine set up right?
 `,
     )
     .addHelpText('after', EXIT_CODES);
@@ -205,6 +204,7 @@ function program(): Command {
   )
     .option('--force', 'also while VMs are mapped')
     .action(runTeardown);
+  addDoctorCommand(root, { version: VERSION, colour, command, useJson, exit, out, warn, json });
   addImportCommand(root, { colour, command, open, useJson, exit, out, warn, json });
   addInstallCommands(root, { version: VERSION, colour, command, useJson, exit, out, warn, json });
   return root;
@@ -475,20 +475,14 @@ async function configCheck(options: CommonOptions): Promise<void> {
   asJson = options.json ?? false;
   const file = options.config ?? pathsFrom(process.env).config;
   const config = readConfig(file);
-  const findings = [
-    ...(await checkConfig({ config, links: createLinks() }, { read: readSysctl })),
-    ...(await obstacles(exec, config.networks, legacyTables())),
-    ...oldRulesFinding(await guestsUnderOldRules(config, createIptables(exec)).catch(() => [])),
-  ];
-  const worst =
-    findings.find((f) => f.level === 'error' && f.code === 'conflict') ?? findings.find((f) => f.level === 'error');
-  if (worst !== undefined) exitStatus = worst.code === 'conflict' ? EXIT.conflict : EXIT.hostLacks;
+  const findings = [...(await configFindings(config)), ...(await firewallFindings(config))];
+  const worst = worstOf(findings);
+  if (worst !== undefined) exitStatus = worst;
   if (options.json) {
     json({ file, ok: worst === undefined, networks: config.networks, static: config.static, findings });
     return;
   }
-  for (const f of findings)
-    out(`${f.level === 'error' ? 'error:  ' : 'warning:'} ${f.what}: ${f.why}\n         fix: ${f.fix}\n`);
+  out(renderFindings(findings));
   const count = `${config.networks.length} ${config.networks.length === 1 ? 'network' : 'networks'}`;
   out(
     worst === undefined
@@ -551,19 +545,6 @@ async function runTeardown(options: CommonOptions & { readonly force?: boolean }
   if (result.table) out('- table     ip kvm_ib\n');
   out(`- state     ${host.store.directory}\n`);
   if (options.dryRun) out('Nothing was changed (--dry-run).\n');
-}
-
-function readSysctl(name: string): string | undefined {
-  // As sysctl(8): the name of a link may have dots, which are then written as slashes.
-  return readProc(`/proc/sys/${name.replace(/[./]/g, (c) => (c === '.' ? '/' : '.'))}`);
-}
-
-function readProc(path: string): string | undefined {
-  try {
-    return readFileSync(path, 'latin1').trim();
-  } catch {
-    return undefined;
-  }
 }
 
 function parseNumber(text: string, what: string, max: number): number {

@@ -2,6 +2,8 @@
 import { printable } from '../core/errors.ts';
 import type { Change } from '../core/plan.ts';
 import { describe } from '../core/plan.ts';
+import type { Finding } from '../ops/check.ts';
+import type { CheckState, Diagnosis } from '../ops/doctor.ts';
 
 export interface Column<T> {
   readonly title: string;
@@ -42,4 +44,51 @@ export function renderPlan(changes: readonly Change[], colour: boolean): string 
       return colour && code !== undefined ? `\u001b[${code}m${line}\u001b[0m\n` : `${line}\n`;
     })
     .join('');
+}
+
+/** Findings of `config check` and `doctor`, each with what to do. */
+export function renderFindings(findings: readonly Pick<Finding, 'level' | 'what' | 'why' | 'fix'>[]): string {
+  return findings
+    .map(({ level, what, why, fix }) => {
+      return `${level === 'error' ? 'error:  ' : 'warning:'} ${what}: ${why}\n         fix: ${fix}\n`;
+    })
+    .join('');
+}
+
+const STATE_COLOURS: Readonly<Record<CheckState, string | undefined>> = {
+  ok: '32',
+  warning: '33',
+  error: '31',
+  skipped: undefined,
+};
+
+/** What `doctor` looked at, the hosts that OpenNebula knows, and what was found. */
+export function renderDiagnosis({ checks, hosts, findings }: Diagnosis, colour: boolean): string {
+  const [title = '', ...rows] = table(checks, [
+    { title: 'WHERE', value: (c) => c.where },
+    { title: 'CHECK', value: (c) => c.name },
+    { title: 'RESULT', value: (c) => c.state },
+    { title: 'SEEN', value: (c) => c.seen },
+  ])
+    .split('\n')
+    .filter((line) => line !== '');
+  const lines = rows.map((row, index) => {
+    const code = STATE_COLOURS[checks[index]?.state ?? 'skipped'];
+    return colour && code !== undefined ? `\u001b[${code}m${row}\u001b[0m` : row;
+  });
+  const parts = [[title, ...lines, ''].join('\n')];
+  if (hosts.length > 0) {
+    parts.push(
+      table(hosts, [
+        { title: 'HOST', value: (h) => h.name },
+        { title: 'CLUSTER', value: (h) => h.cluster },
+        { title: 'DRIVER', value: (h) => h.driver },
+        { title: 'FOLDER', value: (h) => h.folder },
+        { title: 'VMS', value: (h) => h.vms },
+        { title: 'KVM-IB', value: (h) => h.kvmIb },
+      ]),
+    );
+  }
+  if (findings.length > 0) parts.push(renderFindings(findings));
+  return parts.join('\n');
 }

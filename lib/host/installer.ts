@@ -210,18 +210,32 @@ export function openTarget(root: string, frontEndUser: string): Target {
       }
     });
 
-  const writeFile = (path: string, bytes: Buffer, mode: number): void =>
+  const writeFile = (path: string, bytes: Buffer, mode: number, owner = ownerOf(path)): void =>
     place(path, (temporary) => {
       const fd = openSync(temporary, 'wx', 0o600);
       try {
         for (let done = 0; done < bytes.length; ) done += writeSync(fd, bytes, done);
-        if (process.geteuid?.() === 0) fchownSync(fd, ownerOf(path).uid, ownerOf(path).gid);
+        if (process.geteuid?.() === 0) fchownSync(fd, owner.uid, owner.gid);
         fchmodSync(fd, mode);
         fsyncSync(fd);
       } finally {
         closeSync(fd);
       }
     });
+
+  const rewrite = (item: FileItem, bytes: Buffer): void => {
+    requireUnchanged(item);
+    const { uid, gid, mode } = lstatSync(at(item.path));
+    writeFile(item.path, bytes, mode & 0o7777, { uid, gid });
+  };
+
+  const requireUnchanged = ({ path, edits }: FileItem): void => {
+    if (edits === undefined || readText(path) === edits) return;
+    throw new KvmIbError('conflict', `Cannot change ${path}`, {
+      why: 'somebody else has changed it in this moment',
+      fix: 'look at it, then run the command again',
+    });
+  };
 
   const put = (item: Item): void => {
     if (item.kind === 'directory') makeDirectory(item.path, item.mode);
@@ -270,16 +284,17 @@ export function openTarget(root: string, frontEndUser: string): Target {
         .sort((a, b) => b.split('/').length - a.split('/').length),
     async apply(operations, pack) {
       for (const { sign, item } of operations) {
-        if ((sign === '+' || sign === '~') && item?.kind === 'file' && item.check !== undefined) {
-          await visudo(item.path, bytesOf(item, pack), live);
-        }
+        if ((sign !== '+' && sign !== '~') || item?.kind !== 'file') continue;
+        requireUnchanged(item);
+        if (item.check !== undefined) await visudo(item.path, bytesOf(item, pack), live);
       }
       const made: string[] = [];
       for (const { sign, path, item } of operations) {
         if (sign === '-') remove(path);
         else if (sign === '+' || sign === '~') {
           made.push(...makeParents(path));
-          if (item?.kind === 'file') writeFile(path, bytesOf(item, pack), item.mode);
+          if (item?.kind === 'file' && item.edits !== undefined) rewrite(item, bytesOf(item, pack));
+          else if (item?.kind === 'file') writeFile(path, bytesOf(item, pack), item.mode);
           else if (item !== null) {
             put(item);
             if (item.kind === 'directory') made.push(path);

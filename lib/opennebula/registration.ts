@@ -6,9 +6,13 @@ import type { Ipv4 } from '../core/address.ts';
 import { ipv4FromNumber, ipv4ToNumber, rangeSize } from '../core/address.ts';
 import { KvmIbError, printable } from '../core/errors.ts';
 import type { Network } from '../core/mapping.ts';
+import type { VmMad } from './oned-conf.ts';
+import { vmMads } from './oned-conf.ts';
 
 /** Name of the driver: of the VM_MAD and of its folder. */
 export const DRIVER = 'kvm-ib';
+/** Name of OpenNebula's own driver, and of its folder. */
+export const STOCK = 'kvm';
 
 export interface OneVersion {
   readonly major: number;
@@ -67,7 +71,7 @@ export function vmMadSection(
   ];
   const comments: string[] = [];
   if (version.major < 7) {
-    const stock = attribute(vmMadOf(files.onedConf, 'kvm') ?? '', 'IMPORTED_VMS_ACTIONS');
+    const stock = attribute(vmMadOf(files.onedConf, STOCK), 'IMPORTED_VMS_ACTIONS');
     if (stock !== undefined) lines.push(['IMPORTED_VMS_ACTIONS', `"${stock}"`]);
     else comments.push('# Copy IMPORTED_VMS_ACTIONS from the section of "kvm" into this one.');
   }
@@ -81,61 +85,64 @@ export function isRegistered(onedConf: string | null): boolean {
   return vmMadOf(onedConf, DRIVER) !== undefined;
 }
 
-/** Other names under which `oned.conf` runs our folder: the driver of 2012 called itself vmm_kvm_ib. */
+/**
+ * Other names under which `oned.conf` runs our folder: `kvm` where the site wanted that, or vmm_kvm_ib, as the driver of
+ * 2012 called itself.
+ */
 export function otherNames(onedConf: string | null): readonly string[] {
-  return vmMads(onedConf).flatMap((section) => {
-    const name = attribute(section, 'NAME');
-    const words = attribute(section, 'ARGUMENTS')?.split(' ') ?? [];
-    const usable = name !== undefined && name !== DRIVER && /^[A-Za-z0-9_.-]{1,64}$/.test(name);
-    return usable && words.includes(DRIVER) ? [name] : [];
+  return vmMads(onedConf).flatMap(({ name, directory }) => {
+    const usable = name !== DRIVER && /^[A-Za-z0-9_.-]{1,64}$/.test(name);
+    return usable && directory === DRIVER ? [name] : [];
   });
 }
 
-/** Whether the section of this name says all that `vmMadSection` would. */
+/** Whether the section of this name says all that `vmMadSection` would. That of `kvm` is OpenNebula's: its folder counts. */
 export function isCurrent(version: OneVersion, files: Pick<FrontEndFiles, 'onedConf'>, name: string): boolean {
   const section = vmMadOf(files.onedConf, name);
+  if (section === undefined) return false;
+  if (name === STOCK) return section.directory === DRIVER;
   const wanted = vmMadSection(version, files, name).matchAll(/^ +([A-Z_]+) *= "([^"]*)"/gm);
-  return section !== undefined && [...wanted].every(([, key = '', value]) => attribute(section, key) === value);
+  return [...wanted].every(([, key = '', value]) => attribute(section, key) === value);
 }
 
-/** The section of one driver, comments taken out. */
-function vmMadOf(onedConf: string | null, name: string): string | undefined {
-  return vmMads(onedConf).find((section) => attribute(section, 'NAME') === name);
+function vmMadOf(onedConf: string | null, name: string): VmMad | undefined {
+  return vmMads(onedConf).find((section) => section.name === name);
 }
 
-function vmMads(onedConf: string | null): readonly string[] {
-  const text = (onedConf ?? '').slice(0, 1024 * 1024).replace(/^[ \t]*#.*$/gm, '');
-  return text.match(/^[ \t]*VM_MAD[ \t]*=[ \t]*\[[^\]]*\]/gm) ?? [];
-}
-
-function attribute(section: string, key: string): string | undefined {
-  // oned takes the names of attributes in any case.
-  const value = new RegExp(`[\\[,\\s]${key}\\s*=\\s*"([^"]*)"`, 'i').exec(section)?.[1];
-  return value?.replace(/\s+/g, ' ').trim();
+function attribute(section: VmMad | undefined, key: string): string | undefined {
+  return section?.attributes.get(key)?.text.replace(/\s+/g, ' ').trim();
 }
 
 const STOCK_LIVE_SNAPSHOTS = ['kvm-qcow2', 'kvm-ceph', 'kvm-shared', 'kvm-ssh'];
 
 /**
- * The line of `vmm_execrc` that keeps live disk snapshots: OpenNebula looks for `<name of the driver>-<TM_MAD>` there.
+ * The words that `vmm_execrc` lacks for live disk snapshots: OpenNebula looks for `<name of the driver>-<TM_MAD>` there.
  * @param names under which our driver is registered
- * @returns undefined when it is right already
  */
-export function liveSnapshotsLine(
+export function missingLiveSnapshots(
   version: OneVersion,
   files: Pick<FrontEndFiles, 'vmmExecrc'>,
   names: readonly string[] = [DRIVER],
-): string | undefined {
+): { readonly present: readonly string[]; readonly missing: readonly string[] } {
   const line = /^[ \t]*LIVE_DISK_SNAPSHOTS[ \t]*=[ \t]*["']?([^"'\n]*)["']?/m.exec(files.vmmExecrc ?? '')?.[1];
   // From 7.0 on the stock ssh drivers are called local.
   const stock = version.major >= 7 ? [...STOCK_LIVE_SNAPSHOTS, 'kvm-local'] : STOCK_LIVE_SNAPSHOTS;
   const present = line?.split(/\s+/).filter((word) => /^[\w.-]+$/.test(word)) ?? stock;
   const ours = names.flatMap((name) =>
     present
-      .filter((word) => word.startsWith('kvm-') && !word.startsWith(`${DRIVER}-`))
-      .map((word) => `${name}-${word.slice('kvm-'.length)}`),
+      .filter((word) => word.startsWith(`${STOCK}-`) && !word.startsWith(`${DRIVER}-`))
+      .map((word) => `${name}-${word.slice(`${STOCK}-`.length)}`),
   );
-  const missing = ours.filter((word) => !present.includes(word));
+  return { present, missing: ours.filter((word) => !present.includes(word)) };
+}
+
+/** The line of `vmm_execrc` that keeps live disk snapshots. @returns undefined when it is right already */
+export function liveSnapshotsLine(
+  version: OneVersion,
+  files: Pick<FrontEndFiles, 'vmmExecrc'>,
+  names: readonly string[] = [DRIVER],
+): string | undefined {
+  const { present, missing } = missingLiveSnapshots(version, files, names);
   return missing.length === 0 ? undefined : `LIVE_DISK_SNAPSHOTS="${[...present, ...missing].join(' ')}"`;
 }
 

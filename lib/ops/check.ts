@@ -1,4 +1,6 @@
 /** Holds the configuration against the host: `config check`. Reads only. */
+import type { ExitStatus } from '../core/errors.ts';
+import { EXIT } from '../core/errors.ts';
 import type { Config, Network } from '../core/mapping.ts';
 import { servedNetworks } from '../core/served.ts';
 import type { Link, Links } from '../link/ports.ts';
@@ -13,6 +15,13 @@ export interface Finding {
   readonly what: string;
   readonly why: string;
   readonly fix: string;
+}
+
+/** The exit status for these findings: 4 if one is a conflict, else 6; undefined when none is an error. */
+export function worstOf(findings: readonly Pick<Finding, 'level' | 'code'>[]): ExitStatus | undefined {
+  const errors = findings.filter(({ level }) => level === 'error');
+  if (errors.length === 0) return undefined;
+  return errors.some(({ code }) => code === 'conflict') ? EXIT.conflict : EXIT.hostLacks;
 }
 
 /** What `config check` reads of the host besides links and addresses. */

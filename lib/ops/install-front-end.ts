@@ -1,6 +1,7 @@
 /** What `kvm-ib install front-end` puts into OpenNebula's remotes, and what it leaves to the operator. Pure. */
 import { KvmIbError } from '../core/errors.ts';
 import type { Network } from '../core/mapping.ts';
+import type { Edit } from '../opennebula/oned-conf.ts';
 import type { FrontEndFiles, NetworkTemplateOptions, OneVersion } from '../opennebula/registration.ts';
 import {
   addressNetworkTemplate,
@@ -13,8 +14,11 @@ import {
   liveSnapshotsLine,
   nicExample,
   otherNames,
+  STOCK,
   vmMadSection,
 } from '../opennebula/registration.ts';
+import type { DriverName } from './driver-name.ts';
+import { editLines } from './driver-name.ts';
 import type { Item, Note, Observation, Operation } from './install.ts';
 import { parents } from './install.ts';
 import { CONFIG_FILE } from './install-host.ts';
@@ -91,8 +95,10 @@ export function frontEndRemovals(
 
 /** What can be written to a directory for `onevnet create` and `onehook create`, by name of the file. */
 export function templateFiles(facts: FrontEndFacts): readonly { readonly name: string; readonly text: string }[] {
+  const asKvm = otherNames(facts.onedConf).includes(STOCK) && !isRegistered(facts.onedConf);
   return [
-    { name: 'vm_mad.conf', text: vmMadText(facts) },
+    // Where `kvm` runs our folder a section more would be a second name that nobody asked for.
+    ...(asKvm ? [] : [{ name: 'vm_mad.conf', text: vmMadText(facts) }]),
     ...facts.networks.flatMap(({ network, options }) => [
       { name: `${network.name}-guests.net`, text: guestNetworkTemplate(network, options) },
       { name: `${network.name}-addresses.net`, text: addressNetworkTemplate(network) },
@@ -132,7 +138,12 @@ export function syncedSize(operations: readonly Operation[]): { readonly files: 
   return { files: files.length, bytes: files.reduce((sum, op) => sum + (op.size ?? 0), 0) };
 }
 
+/** Both files as they will be. */
 export interface FrontEndFacts extends FrontEndFiles {
+  /** Null: not said. Then nothing is written into the files of OpenNebula. */
+  readonly driverName: DriverName | null;
+  /** What is changed in them, by path. */
+  readonly edits: ReadonlyMap<string, readonly Edit[]>;
   readonly version: OneVersion;
   readonly networks: readonly { readonly network: Network; readonly options: NetworkTemplateOptions }[];
   /** False: the networks are an example, since no configuration was given. */
@@ -142,6 +153,18 @@ export interface FrontEndFacts extends FrontEndFiles {
   /** Where the templates are written; null: nowhere. */
   readonly templates: string | null;
 }
+
+const NAME_CHOICE = [
+  'First choose the name of the driver, "kvm-ib" or "kvm" (docs/driver-name.md)',
+  'kvm-ib  Chosen for each host: those without kvm-ib keep the driver of OpenNebula. Live disk snapshots need words in',
+  `        ${VMM_EXECRC}. Live disk-saveas is lost on qcow2, ssh and local datastores, and on ceph with an ssh system datastore.`,
+  'kvm     Nothing is lost. But every host of the driver "kvm" must have kvm-ib from the restart on, without InfiniBand',
+  '        too: else each deploy there fails. No host with the stock driver is left to be mixed up with.',
+  'The command writes either:',
+  '  kvm-ib install front-end --driver-name kvm-ib --dry-run',
+  '  kvm-ib install front-end --driver-name kvm --dry-run',
+  'The steps below are those of kvm-ib by hand.',
+] as const;
 
 /** What is left to the operator, in the order to do it. */
 export function frontEndNotes(
@@ -167,27 +190,29 @@ export function frontEndNotes(
   const registered = isRegistered(facts.onedConf);
   const older = otherNames(facts.onedConf);
   const outdated = older.filter((name) => !isCurrent(facts.version, facts, name));
-  for (const name of outdated) {
+  const unknown = !registered && older.length === 0;
+  const name = facts.driverName ?? (registered ? DRIVER : (older[0] ?? DRIVER));
+  for (const [path, edits] of facts.edits) note(`Lines of ${path}`, ...editLines(edits));
+  if (unknown) note(...NAME_CHOICE);
+  for (const other of outdated) {
     step(
-      `Bring the section of VM_MAD "${name}" in ${ONED_CONF} up to date: it runs this driver as well, and its hosts and VMs keep that name`,
-      vmMadSection(facts.version, facts, name),
+      `Bring the section of VM_MAD "${other}" in ${ONED_CONF} up to date: it runs this driver as well, and its hosts and VMs keep that name`,
+      vmMadSection(facts.version, facts, other),
     );
   }
-  if (!registered && older.length === 0) {
+  if (unknown) {
     step(
       `Add to ${ONED_CONF} (OpenNebula ${facts.version.text}), behind the section VM_MAD of "kvm", which must stay`,
       vmMadSection(facts.version, facts),
     );
+  }
+  if (unknown || facts.edits.size > 0) {
     optional(
       `If users must not choose IB addresses themselves, add to ${ONED_CONF} as well`,
       'VM_RESTRICTED_ATTR = "NIC/IB_IP"',
     );
   }
-  const snapshots = liveSnapshotsLine(
-    facts.version,
-    facts,
-    registered || older.length === 0 ? [DRIVER, ...older] : older,
-  );
+  const snapshots = liveSnapshotsLine(facts.version, facts, registered || unknown ? [DRIVER, ...older] : older);
   if (snapshots !== undefined) {
     optional(
       `For live disk snapshots, this line of ${VMM_EXECRC}; it needs a restart of OpenNebula`,
@@ -195,18 +220,45 @@ export function frontEndNotes(
       '# Live disk-saveas stays out of reach: OpenNebula asks there for a driver called kvm.',
     );
   }
-  const restart = (!registered && older.length === 0) || outdated.length > 0;
+  if (name === STOCK && facts.edits.size > 0) {
+    step(
+      'Have kvm-ib on every host of the driver "kvm" before the restart: without it each deploy there fails, of any VM',
+      `${one('onehost sync --force')}     # the probe, by which a host reports kvm-ib within ten minutes`,
+      'kvm-ib install host                              # on each of them',
+      'kvm-ib doctor                                    # here: names those that have not reported it',
+    );
+  }
+  const restart = unknown || outdated.length > 0 || facts.edits.size > 0;
   step(
     `${restart ? 'Restart OpenNebula, then copy the driver' : 'Copy the driver'} to the hosts: ${describeSize(size)} more than without kvm-ib`,
     ...(restart ? ['systemctl restart opennebula'] : []),
     one('onehost sync --force'),
   );
   step(
-    'Create each host, in a cluster of its own: at a migration OpenNebula uses the driver of the destination',
+    name === STOCK
+      ? 'Create each host'
+      : 'Create each host, in a cluster of its own: at a migration OpenNebula uses the driver of the destination',
     `${one('onecluster create CLUSTER')}                     # unless it is there`,
     `${one('onecluster adddatastore CLUSTER DATASTORE')}     # the image and system datastores of its VMs`,
-    one(`onehost create HOST -i kvm -v ${registered ? DRIVER : (older[0] ?? DRIVER)} -c CLUSTER`),
+    one(`onehost create HOST -i kvm -v ${name} -c CLUSTER`),
+    ...(name === STOCK
+      ? ['# A host that has the driver "kvm" already stays as it is.']
+      : [
+          '# Of a host that is there already; its VMs follow when they are deployed or migrated the next time:',
+          `echo 'VM_MAD = "${name}"' > /var/lib/one/vm_mad`,
+          one('onehost update HOST /var/lib/one/vm_mad --append'),
+          one('onecluster addhost CLUSTER HOST'),
+        ]),
   );
+  const before = facts.driverName === null ? [] : [...(registered ? [DRIVER] : []), ...older];
+  for (const other of before.filter((one) => one !== name)) {
+    note(
+      `VM_MAD "${other}" runs this driver too, and stays until no host and no VM has that name`,
+      other === DRIVER || other === STOCK
+        ? `Then: kvm-ib uninstall front-end --driver-name ${other}`
+        : `Then take its section out of ${ONED_CONF}.`,
+    );
+  }
   if (!facts.networksConfigured) {
     note(
       'The networks below are an example',

@@ -26,6 +26,8 @@ export type Item =
       readonly keep: Keeping;
       /** Checked by this program before it is put in place. */
       readonly check?: 'visudo';
+      /** The site's own file, as it was when the change was made: refused when it is another by now; owner and mode stay. */
+      readonly edits?: string;
     };
 
 export type FileItem = Extract<Item, { kind: 'file' }>;

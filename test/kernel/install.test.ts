@@ -22,6 +22,8 @@ import { dirname, join, resolve } from 'node:path';
 import { afterEach, beforeEach, describe, expect, test } from 'vitest';
 import { CONFIG, copyBundles, domainOf, run, testVm, vmXmlOf } from '../support/driver.ts';
 import { requireOwnNetns } from '../support/netns.ts';
+import type { VnmVersion } from '../support/vnm.ts';
+import { networkCall, VNM_VERSIONS } from '../support/vnm.ts';
 
 requireOwnNetns();
 
@@ -545,6 +547,100 @@ describe('on a front-end, below another root', () => {
     expect((await report(['install', 'front-end'])).changed).toBe(false);
   });
 
+  describe('the name of the driver', () => {
+    const conf = '/etc/one/oned.conf';
+    const execrc = '/etc/one/vmm_exec/vmm_execrc';
+    const ONED = `# a site's own\nVM_MAD = [\n  NAME = "kvm",\n  ARGUMENTS = "-t 50 -r 0 kvm -p -w 900",\n  TYPE = "kvm"\n]\nX = "1"\n`;
+    const WORDS = 'LIVE_DISK_SNAPSHOTS="kvm-qcow2 kvm-ssh"\n';
+    const texts = (): readonly string[] => [readFileSync(at(conf), 'utf8'), readFileSync(at(execrc), 'utf8')];
+    const rights = (path: string): readonly number[] => {
+      const { uid, gid, mode } = statSync(at(path));
+      return [uid, gid, mode & 0o7777];
+    };
+
+    beforeEach(() => {
+      put(conf, ONED, 0o640);
+      put(execrc, WORDS, 0o644);
+      chownSync(at(conf), 0, NOBODY);
+    });
+
+    test('kvm-ib is written into both files with their rights, shown before, and taken out again', async () => {
+      const args = ['install', 'front-end', '--driver-name', 'kvm-ib'];
+      const plan = await report([...args, '--dry-run']);
+      expect([signOf(plan, conf), signOf(plan, execrc)]).toEqual(['~', '~']);
+      expect(plan.notes.find(({ title }) => title === `Lines of ${execrc}`)?.text).toBe(
+        `- ${WORDS}+ ${WORDS.replace('ssh', 'ssh kvm-ib-qcow2 kvm-ib-ssh')}`.trim(),
+      );
+      expect(texts()).toEqual([ONED, WORDS]);
+      expect((await report(args)).operations).toEqual(plan.operations);
+      expect(texts()[0]).toMatch(/^# a site's own\n[\s\S]*X = "1"\n[\s\S]*NAME +\S* *= "kvm-ib"/);
+      expect([rights(conf), rights(execrc)]).toEqual([
+        [0, NOBODY, 0o640],
+        [0, 0, 0o644],
+      ]);
+      expect((await report(args)).changed).toBe(false);
+      expect((await report(['install', 'front-end'])).notes.map(({ text }) => text).join()).not.toContain('VM_MAD = [');
+      await report(['uninstall', 'front-end', '--dry-run']);
+      expect(texts()[0]).not.toBe(ONED);
+      await report(['uninstall', 'front-end']);
+      expect(texts()).toEqual([ONED, WORDS]);
+      expect(rights(conf)).toEqual([0, NOBODY, 0o640]);
+    });
+
+    test('kvm is one word, the rest of its ARGUMENTS stays; from there to kvm-ib and back', async () => {
+      const kvm = ONED.replace('0 kvm -p', '0 kvm-ib -p');
+      const first = await report(['install', 'front-end', '--driver-name', 'kvm']);
+      expect(texts()).toEqual([kvm, WORDS]);
+      const told = first.notes.map(({ title, text }) => `${title}\n${text}`).join('\n');
+      expect(told).toMatch(/Have kvm-ib on every host of the driver "kvm" before the restart/);
+      expect(told).toContain('onehost create HOST -i kvm -v kvm -c CLUSTER');
+      await report(['install', 'front-end', '--templates', at('/templates')]);
+      expect(readdirSync(at('/templates'))).not.toContain('vm_mad.conf');
+      const second = await report(['install', 'front-end', '--driver-name', 'kvm-ib']);
+      expect(second.notes.map(({ text }) => text).join()).toContain('uninstall front-end --driver-name kvm');
+      expect(texts()[0]).toMatch(/0 kvm-ib -p[\s\S]*"kvm-ib"/);
+      await report(['uninstall', 'front-end', '--driver-name', 'kvm']);
+      expect(texts()[0]).toMatch(/0 kvm -p[\s\S]*"kvm-ib"/);
+      // A name alone leaves the driver where it is.
+      expect(existsSync(at(`${remotes}/vmm/kvm-ib/deploy`))).toBe(true);
+      await report(['uninstall', 'front-end', '--driver-name', 'kvm-ib']);
+      expect(texts()).toEqual([ONED, WORDS]);
+      expect((await report(['uninstall', 'front-end', '--driver-name', 'kvm-ib'])).changed).toBe(false);
+    });
+
+    test('nothing is written, the driver neither, where that cannot be done without harm', async () => {
+      const install = (name: string): ReturnType<typeof run> =>
+        kvmIb(['install', 'front-end', '--root', root, '--driver-name', name]);
+      for (const [name, text, status, said] of [
+        ['kvm', ONED.replace('0 kvm ', '0 site '), 4, 'runs the folder "site" now'],
+        ['kvm', 'VM_MAD = [ NAME = "x" ]\n', 6, 'no section VM_MAD of that name'],
+        ['qemu', ONED, 2, 'kvm-ib, kvm'],
+      ] as const) {
+        put(conf, text);
+        const refused = await install(name);
+        expect([refused.status, refused.stderr]).toEqual([status, expect.stringContaining(said)]);
+        expect(readFileSync(at(conf), 'utf8')).toBe(text);
+      }
+      writeFileSync(at(conf), Buffer.from(`# caf\u00e9\n${ONED}`, 'latin1'));
+      const latin = await install('kvm');
+      expect([latin.status, latin.stderr]).toEqual([4, expect.stringContaining('not in UTF-8')]);
+      rmSync(at(conf));
+      put('/precious', ONED);
+      symlinkSync(at('/precious'), at(conf));
+      const link = await install('kvm');
+      expect([link.status, link.stderr]).toEqual([6, expect.stringContaining('no plain file')]);
+      expect(readFileSync(at('/precious'), 'utf8')).toBe(ONED);
+      expect(existsSync(at(`${remotes}/vmm`))).toBe(false);
+    });
+
+    test('without a choice both are explained, and nothing is written', async () => {
+      const { notes } = await report(['install', 'front-end']);
+      expect(notes[0]?.title).toContain('First choose the name of the driver');
+      expect(notes[0]?.text).toContain('--driver-name kvm --dry-run');
+      expect(texts()).toEqual([ONED, WORDS]);
+    });
+  });
+
   test('texts follow the installed version, what is in oned.conf already, and the configuration that is given', async () => {
     put('/etc/one/oned.conf', 'VM_MAD = [\n  NAME = "kvm",\n  IMPORTED_VMS_ACTIONS = "terminate, resume"\n]\n');
     put('/given.yaml', CONFIG.replace('name: ib', 'name: fast'));
@@ -587,6 +683,15 @@ echo '<HOST_POOL>'
 host other kvm 7
 host kvmib01 kvm-ib "$running"
 echo '</HOST_POOL>'
+`;
+  /** onevnet of a front-end with one virtual network of our driver, and one of another. */
+  const ONEVNET = `#!/bin/sh
+read -r leases < /run/leases || exit 255
+vnet() { echo "<VNET><ID>$1</ID><NAME>$2</NAME><VN_MAD><![CDATA[$3]]></VN_MAD><USED_LEASES>$4</USED_LEASES><TEMPLATE/></VNET>"; }
+echo '<VNET_POOL>'
+vnet 1 other dummy 7
+vnet 2 ib-guests kvm-ib "$leases"
+echo '</VNET_POOL>'
 `;
   /** nmcli where NetworkManager runs both links by profiles of its own. */
   const NMCLI = "#!/bin/sh\nprintf '%s\\n' ib0:connected virbr1:connected lo:unmanaged\n";
@@ -665,14 +770,25 @@ rm -r /etc/NetworkManager /usr/bin/nmcli
 try refused kvm-ib uninstall host
 try still-there kvm-ib list
 try cut-off kvm-ib remove --vm 42
+mkdir -p /var/lib/one/remotes/vnm/dummy
+chown -R 9869:9869 /var/lib/one/remotes/vnm
+try network-driver kvm-ib install front-end --hooks-of dummy
+network() { as /var/lib/one/remotes/vnm/"$1" < $given/network-vm; }
+try network-pre network dummy/pre.d/kvm-ib
+try network-alias ip -o -4 address show dev ib0
+try network-gone kvm-ib remove --vm 43
+install -m 0755 $given/onevnet /usr/bin/onevnet
+echo 2 > /run/leases
 install -m 0755 $given/onehost /usr/bin/onehost
 echo 1 > /run/running
 try busy kvm-ib uninstall front-end
 rm /run/running
 try silent kvm-ib uninstall front-end
 echo 0 > /run/running
+try leased kvm-ib uninstall front-end
+echo 0 > /run/leases
 try uninstall-front-end kvm-ib uninstall front-end
-rm /usr/bin/onehost
+rm /usr/bin/onehost /usr/bin/onevnet
 rm -f /run/systemctl
 try uninstall kvm-ib uninstall host --purge
 try told-again cat /run/systemctl
@@ -691,6 +807,10 @@ try tree-difference diff $given/tree-before $given/tree-after
     put('/script', SCRIPT);
     put('/systemctl', SYSTEMCTL);
     put('/onehost', ONEHOST);
+    put('/onevnet', ONEVNET);
+    const version = VNM_VERSIONS.at(-1) as VnmVersion;
+    const call = networkCall(version, 'pre', { vm: testVm(43, [3]), deployed: false, host: 'host' });
+    put('/network-vm', call.stdin ?? '');
     put('/nmcli', NMCLI);
     put('/kvm-ib.yaml', CONFIG);
     put('/domain.xml', `${domainOf(vm)}\n`);
@@ -755,6 +875,12 @@ try tree-difference diff $given/tree-before $given/tree-after
     expect(of('still-there')).toContain('192.168.10.202');
     expect(of('busy')).toMatch(/VMs run on hosts of this driver: kvmib01\n[\s\S]*status=4$/);
     expect(of('silent')).toMatch(/does not say which hosts use it[\s\S]*status=4$/);
+    // The network driver, by sudo too; its engine stays behind until the claim is gone.
+    done('network-driver');
+    expect(of('network-pre')).toBe('status=0');
+    expect(of('network-alias')).toMatch(/192\.168\.10\.203\/32 scope global ib0:43-0/);
+    done('network-gone');
+    expect(of('leased')).toMatch(/virtual networks with this driver have leases: ib-guests\n[\s\S]*status=4$/);
     for (const name of ['cut-off', 'uninstall-front-end', 'uninstall']) done(name);
     expect(of('told-again')).toBe('disable --now kvm-ib.timer kvm-ib-reconcile.service\ndaemon-reload\nstatus=0');
     expect(of('tables')).toBe('status=0');

@@ -86,6 +86,15 @@ describe('a migration', () => {
     expect(hosts.engines('h1').concat(hosts.engines('h2'))).toEqual([]);
   });
 
+  test('without data of the VM, as before OpenNebula 5.0: what it has goes, the command behind is run', async () => {
+    const streams = await connections();
+    await alive(streams);
+    expect(await hosts.migrateWithoutData().ended).toEqual({ status: 0, stdout: '0\nnext\n', stderr: '' });
+    expect(await owners()).toEqual([NOTHING, OWNS]);
+    await alive(streams);
+    await clean();
+  });
+
   test('there and back again', async () => {
     const streams = await connections();
     for (const [from, to] of [

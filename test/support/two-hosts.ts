@@ -46,6 +46,8 @@ export interface TwoHosts {
   stockMigrate(): Running;
   /** The network driver on a host, as in a live migration from h1 to h2. */
   network(host: Host, action: 'pre' | 'post' | 'clean'): Promise<Result>;
+  /** The same as OpenNebula before 5.0 calls it: by a command of a running shell, whose standard input is no data. */
+  migrateWithoutData(): Running;
   kvmIb(host: Host, ...args: readonly string[]): Promise<Result>;
   /** Shell text of the stock migrate: `$from`, `$to` are set; functions in `MOVES`. */
   behave(text: string): void;
@@ -126,7 +128,7 @@ export async function createTwoHosts(lab: Lab, folder: string): Promise<TwoHosts
   copyBundles(folder, ['kvm-ib.mjs']);
   writeScript(
     join(stock, 'migrate'),
-    `#!/bin/sh\ncat > /dev/null\nto=$2 from=$3\n${MOVES(folder)}. '${folder}/behaviour'\n`,
+    `#!/bin/sh\n[ -n "$NO_DATA" ] || cat > /dev/null\nto=$2 from=$3\n${MOVES(folder)}. '${folder}/behaviour'\n`,
   );
   for (const host of ['h1', 'h2']) {
     writeFileSync(join(folder, host, 'kvm-ib.yaml'), CONFIG);
@@ -194,6 +196,10 @@ child.on('exit', (status) => setTimeout(() => process.exit(status ?? 255), 20));
       const version = VNM_VERSIONS.at(-1) as VnmVersion;
       const { argv, stdin } = networkCall(version, action, { vm, deployed: true, host: 'h1', newest: 'h2' });
       return start(on(host, [join(folder, 'vnm/kvm-ib', action), ...argv]), stdin ?? '').ended;
+    },
+    migrateWithoutData: () => {
+      const command = [join(drivers, 'migrate'), `one-${VM}`, 'h2', 'h1', String(VM), 'h1'].join(' ');
+      return start(on('h1', ['/bin/bash', '-s'], ['NO_DATA=1']), `(${command}); echo "$?"\necho next\n`);
     },
     kvmIb: (host, ...args) => start(on(host, [process.execPath, join(folder, 'kvm-ib.mjs'), ...args]), '').ended,
     behave: (text) => writeFileSync(join(folder, 'behaviour'), `${text}\n`),

@@ -1,6 +1,6 @@
 /**
  * The side of OpenNebula: the files that oned writes, the stock drivers' folder on a hypervisor, and the way in which
- * one_vmm_exec calls a driver script there (OpenNebula 6.0 to 7.x).
+ * one_vmm_exec calls a driver script there (OpenNebula 6.6 to 7.x; older forms are in test/support/one-releases.ts).
  */
 import { spawn } from 'node:child_process';
 import { chmodSync, cpSync, mkdirSync, symlinkSync, writeFileSync } from 'node:fs';

@@ -43,12 +43,9 @@ export function networkDriverItems(
     // Before the launchers, which look for it beside them.
     file(`${NETWORK_DIRECTORY}/vnm.mjs`, 0o644, 'bundle/vnm.mjs'),
     ...launchers.map(({ path, mode }) => file(`${REMOTES}/${path.slice('drivers/'.length)}`, mode, path)),
+    // Their folders are the other driver's, and stay. A copy, since `onehost sync` makes one of a link anyhow.
     ...hooksOf.flatMap((name) =>
-      HOOKED.flatMap((action) => [
-        directory(`${DRIVERS}/${name}/${action}.d`),
-        // A copy: a link would be followed by `onehost sync`, and is one more thing to understand.
-        file(hookPath(name, action), 0o755, `drivers/vnm/${DRIVER}/${action}`),
-      ]),
+      HOOKED.map((action) => file(hookPath(name, action), 0o755, `drivers/vnm/${DRIVER}/${action}`)),
     ),
   ];
 }

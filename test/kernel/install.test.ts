@@ -254,7 +254,7 @@ describe('on a host, below another root', () => {
     cpSync(join(REPOSITORY, 'rulesets'), rules, { recursive: true });
     cpSync(join(REPOSITORY, 'drivers'), join(root, 'package/drivers'), { recursive: true });
     mkdirSync(bundles);
-    copyBundles(bundles, ['kvm-ib.mjs', 'engine.mjs', 'parser.mjs']);
+    copyBundles(bundles, ['kvm-ib.mjs', 'engine.mjs', 'parser.mjs', 'vnm.mjs']);
     writeFileSync(join(rules, 'sudoers.d/kvm-ib'), 'oneadmin ALL=(root NOPASSWD: ALL\n');
     mkdirSync(at('/target'));
     const install = (): ReturnType<typeof run> =>
@@ -712,6 +712,8 @@ echo 7.0.0 > /var/lib/one/remotes/VERSION
 printf '#!/bin/sh\\ncat > /dev/null\\necho %s\\n' one-42 > /var/lib/one/remotes/vmm/kvm/deploy
 cp /var/lib/one/remotes/vmm/kvm/deploy /var/lib/one/remotes/vmm/kvm/cancel
 chmod 755 /var/lib/one/remotes/vmm/kvm/*
+for action in pre post clean; do mkdir -p /var/lib/one/remotes/vnm/dummy/$action.d; done
+chown -R 9869:9869 /var/lib/one/remotes/vnm
 ip link add ib0 mtu 2044 type veth peer name fabric
 ip link add virbr1 type bridge
 for link in fabric ib0 virbr1; do ip link set $link up; done
@@ -770,8 +772,6 @@ rm -r /etc/NetworkManager /usr/bin/nmcli
 try refused kvm-ib uninstall host
 try still-there kvm-ib list
 try cut-off kvm-ib remove --vm 42
-mkdir -p /var/lib/one/remotes/vnm/dummy
-chown -R 9869:9869 /var/lib/one/remotes/vnm
 try network-driver kvm-ib install front-end --hooks-of dummy
 network() { as /var/lib/one/remotes/vnm/"$1" < $given/network-vm; }
 try network-pre network dummy/pre.d/kvm-ib

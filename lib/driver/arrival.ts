@@ -8,9 +8,8 @@ import type { createLineReader } from '../host/lines.ts';
 import { ownIdentity } from '../host/process.ts';
 import { commit, start, undo } from '../ops/actions.ts';
 import type { Host } from '../ops/host.ts';
-import { introduce } from '../ops/introduce.ts';
-import type { Arrival } from '../ops/migrate.ts';
-import { arrived, expect, giveUp, notArrived, refuseSecondOwner, takeOver } from '../ops/migrate.ts';
+import type { Arrival, CutOver } from '../ops/migrate.ts';
+import { arrived, complete, cutOver, expect, giveUp, notArrived, refuseSecondOwner } from '../ops/migrate.ts';
 import type { SyncResult } from '../ops/sync.ts';
 import { pendingBy } from '../ops/sync.ts';
 import type { ArriveMessage, Verdict } from './protocol.ts';
@@ -48,45 +47,74 @@ export async function serveArrival(
   }
   if (message.when === 'now') return serveNow(host, arrival, message, lines, voice);
 
-  const result = await expect(host, arrival);
+  const expected = await expect(host, arrival);
   const taps = arrival.mappings.flatMap(({ vm, nic }) => (nic === null ? [] : [`one-${vm}-${nic}` as LinkName]));
   const watch = watchArrival(host.links, owner.vm, taps);
-  let cutOver: Promise<void> = Promise.resolve();
+  const change = cutOver(host, arrival, expected);
+  await change.refresh();
+  const refreshing = keepFresh(change, () => watch.hasTap());
+  let changing: Promise<unknown> = Promise.resolve();
   let isTaken = false;
   void watch.arrived.then(() => {
-    const taken = refuseSecondOwner(host, arrival, result).then(() => takeOver(host, arrival, result.gateways));
-    cutOver = taken.then(
-      ({ warnings }) => {
+    refreshing.stop();
+    changing = refuseSecondOwner(host, arrival, expected)
+      .then(() => change.run())
+      .then(async ({ warnings }) => {
         isTaken = true;
         voice.event({ event: 'arrived', warnings });
-        return introduce(host, arrival.mappings, result.gateways);
-      },
-      (cause: unknown) => voice.event({ event: 'failed', error: errorReport(toKvmIbError(cause)) }),
-    );
+        await complete(host, arrival, expected);
+      })
+      .catch((cause: unknown) => voice.event({ event: 'failed', error: errorReport(toKvmIbError(cause)) }));
   });
   try {
-    voice.accept(result);
+    voice.accept(expected);
     await conclude(lines, voice, () => watch.close(), {
       commit: async () => {
-        await cutOver;
+        await changing;
         if (!isTaken) {
-          await refuseSecondOwner(host, arrival, result).catch(async (cause: unknown) => {
+          await refuseSecondOwner(host, arrival, expected).catch(async (cause: unknown) => {
             await giveUp(host, arrival);
             throw cause;
           });
         }
-        return arrived(host, arrival, result.gateways);
+        return arrived(host, arrival, expected);
       },
       undo: async () => {
-        await cutOver;
+        await changing;
         return notArrived(host, arrival);
       },
       state: () => stateOf(host, arrival),
       hasBegun: () => watch.hasTap(),
     });
   } finally {
+    refreshing.stop();
     watch.close();
   }
+}
+
+const REFRESH_MS = 2000;
+/** Of the time, at most this part is spent on it: a table of connection tracking may be large. */
+const REFRESH_SHARE = 50;
+
+/** While the domain comes. What began after the last look is found by `complete`. */
+function keepFresh(change: CutOver, isComing: () => boolean): { stop(): void } {
+  let timer: NodeJS.Timeout;
+  let isOver = false;
+  const wait = (ms: number): void => {
+    timer = setTimeout(() => void look(), ms);
+  };
+  const look = async (): Promise<void> => {
+    const began = performance.now();
+    if (isComing()) await change.refresh().catch(() => undefined);
+    if (!isOver) wait(Math.max(REFRESH_MS, (performance.now() - began) * REFRESH_SHARE));
+  };
+  wait(REFRESH_MS);
+  return {
+    stop: () => {
+      isOver = true;
+      clearTimeout(timer);
+    },
+  };
 }
 
 async function serveNow(

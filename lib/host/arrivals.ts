@@ -17,7 +17,7 @@ const LINE_LIMIT = 4096;
 /** Between two looks for the tap, which comes when libvirt prepares the domain; the guest comes a second later, or hours. */
 const TAP_MS = 50;
 /** Between two looks at the socket: half of it is what a cut-over waits on average. */
-const FRAME_MS = 4;
+const FRAME_MS = 2;
 const SOL_PACKET = 263;
 /** Linux 4.20: what the host sends by the tap is not heard. */
 const PACKET_IGNORE_OUTGOING = 23;

@@ -292,6 +292,22 @@ async function openAndUse<T>(use: (request: Request, requestAll: RequestAll) => 
   }
 }
 
+/** Hardware addresses of all links of this host, as `ip link` writes them. */
+export function stations(): readonly string[] {
+  try {
+    return readdirSync(SYS_NET).flatMap((name) => {
+      try {
+        return [readFileSync(join(SYS_NET, name, 'address'), 'latin1').trim()].filter((text) => text !== '');
+      } catch {
+        // It went away since, or is no link at all (bonding_masters).
+        return [];
+      }
+    });
+  } catch {
+    return [];
+  }
+}
+
 /** True when the file is there and its content starts with a number other than 0. */
 function readFlag(path: string): boolean {
   try {

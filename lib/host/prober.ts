@@ -8,6 +8,7 @@ import { arpProbe, arpSockaddr, broadcastSockaddr, claimIn, decodeArp, whyNoArp 
 import type { Link, LinkAddress, Links, OtherHolder, ProbeOptions, ProbeResult, Prober } from '../link/ports.ts';
 import { errorText } from './announcer.ts';
 import { AF_PACKET, ErrnoError, type Libc, libc, SOCK_DGRAM, SOCK_NONBLOCK } from './libc.ts';
+import { stations } from './links.ts';
 import { socketError } from './netlink-socket.ts';
 
 /** Answers on a fabric that works come within a few milliseconds. */
@@ -87,6 +88,7 @@ async function listen(
   const from = Buffer.alloc(128);
   // Protocol 0 until it is bound, or it would hold what arrived on other links.
   const fd = c.socket(AF_PACKET, SOCK_DGRAM | SOCK_NONBLOCK, 0);
+  let own: readonly string[] | undefined;
 
   const readTurn = (): void => {
     for (let n = 0; n < TURN_FRAMES; n++) {
@@ -101,7 +103,10 @@ async function listen(
       }
       const packet = decodeArp(frame.subarray(0, length));
       const claim = packet && claimIn(packet, link, except);
-      if (claim === undefined || !wanted.has(claim.address)) continue;
+      if (packet === undefined || claim === undefined || !wanted.has(claim.address)) continue;
+      // Linux answers on each link for every address of the host: a second link on the same fabric is no other host.
+      own ??= stations();
+      if (claimIn(packet, link, own) === undefined) continue;
       const { address, hardware, how } = claim;
       // Who has it counts for more than who also asks.
       if (found.get(address)?.how !== 'has') found.set(address, { hardware, how });

@@ -130,6 +130,15 @@ export function printHardware(bytes: Uint8Array): string {
   return [...bytes].map((byte) => byte.toString(16).padStart(2, '0')).join(':');
 }
 
+/**
+ * Of two hosts that ask for one address at the same time, whether this one is to go on asking. Each decides alike, so that
+ * not both give up, time and again.
+ * @param hardware the other's hardware address, as `ip link` writes it
+ */
+export function goesFirst(link: Link, hardware: string): boolean {
+  return identity(link.type, link.address) < identity(link.type, hardwareBytes(hardware));
+}
+
 function hardwareBytes(text: string): Uint8Array {
   return Uint8Array.from(text.split(':'), (part) => Number.parseInt(part, 16));
 }

@@ -10,6 +10,7 @@ import { printHardware, whyNoArp } from '../link/arp.ts';
 import type { InetAddress, Link, RepeatItem } from '../link/ports.ts';
 import { announceAll, repeatLater } from './apply.ts';
 import type { Host, LinkRecord } from './host.ts';
+import { createProbing } from './probe.ts';
 
 /** Aliases of one link that were announced again, or with `dryRun` would be. */
 export interface Announced {
@@ -33,8 +34,8 @@ export async function seenLinks(host: Host): Promise<readonly SeenLink[]> {
   const seen: SeenLink[] = [];
   for (const { device } of host.config.networks) {
     const link = await host.links.link(device);
-    // Of one that is down the old record stays, so that its return is noticed.
-    if (link === undefined || !link.up) continue;
+    // Of one that is down, or reaches nobody, the old record stays, so that its return is noticed.
+    if (link === undefined || !link.up || !link.running) continue;
     const { index, carrierChanges } = link;
     const record = { bootId, index, hardware: printHardware(link.address), carrierChanges };
     seen.push({ link, record, why: difference(known.get(device), record) });
@@ -67,8 +68,15 @@ export function againOn(seen: readonly SeenLink[], aliases: readonly RepeatItem[
   });
 }
 
+/** These announcements, alias by alias. */
+export function itemsOf(again: readonly Announced[], aliases: readonly RepeatItem[]): readonly RepeatItem[] {
+  const due = new Set(again.map(({ device }) => device));
+  return aliases.filter(({ device }) => due.has(device));
+}
+
 /**
  * Announces what `againOn` names, then keeps the record of the links, if it changed.
+ * @param unsettled aliases that stay although another host answers for them: their link is looked at again the next time
  * @returns warnings
  */
 export async function announceAgain(
@@ -76,16 +84,15 @@ export async function announceAgain(
   seen: readonly SeenLink[],
   again: readonly Announced[],
   aliases: readonly RepeatItem[],
+  unsettled: readonly RepeatItem[],
 ): Promise<readonly string[]> {
-  const due = new Set(again.map(({ device }) => device));
-  const { warnings, failed } = await announceAll(
-    host,
-    aliases.filter(({ device }) => due.has(device)),
-  );
+  const { warnings, failed } = await announceAll(host, itemsOf(again, aliases));
   const known = host.store.readLinks();
   const records = new Map(known);
   for (const { link, record } of seen) {
-    const isFailed = aliases.some(({ device, address }) => device === link.name && failed.has(address));
+    const isFailed =
+      aliases.some(({ device, address }) => device === link.name && failed.has(address)) ||
+      unsettled.some(({ device }) => device === link.name);
     // What failed is tried again the next time, unless this link cannot do ARP at all.
     if (!isFailed || whyNoArp(link) !== undefined) records.set(link.name, record);
   }
@@ -109,7 +116,7 @@ export interface AnnounceOutcome {
 }
 
 /**
- * Announces aliases of ours that are really on their link, now and twice more.
+ * Announces aliases of ours that are really on their link, now and twice more; none that another host answers for.
  * @throws KvmIbError `failed` before anything is sent, when one that is named has no mapping or no alias
  */
 export function announce(
@@ -130,8 +137,13 @@ export function announce(
       });
     }
     const left = absent.map((m) => `${m.address} is not announced: its alias is not on ${m.device}; kvm-ib reconcile`);
-    if (options.dryRun) return { announced: items, warnings: left, errors: [] };
-    const results = await host.announcer.announce(items);
+    const probing = createProbing(host);
+    await probing.askOthers(items);
+    const refused = items.flatMap(({ address }) => unannounceable(address, probing.conflictOf(address)) ?? []);
+    const free = items.filter(({ address }) => probing.conflictOf(address) === undefined);
+    const warnings = [...left, ...probing.warnings(new Set())];
+    if (options.dryRun) return { announced: free, warnings, errors: refused };
+    const results = await host.announcer.announce(free);
     const reasons = new Map<string, Ipv4[]>();
     for (const { device, address, error } of results) {
       if (error === undefined) continue;
@@ -139,12 +151,24 @@ export function announce(
       reasons.set(key, [...(reasons.get(key) ?? []), address]);
     }
     const failed = new Set([...reasons.values()].flat());
-    const announced = items.filter(({ address }) => !failed.has(address));
+    const announced = free.filter(({ address }) => !failed.has(address));
+    const unheard = [...reasons].map(([key, addresses]) => unsent(...(JSON.parse(key) as [string, string]), addresses));
     return {
       announced,
-      warnings: [...left, ...(await repeatLater(host, announced))],
-      errors: [...reasons].map(([key, addresses]) => unsent(...(JSON.parse(key) as [string, string]), addresses)),
+      warnings: [...left, ...probing.warnings(failed), ...(await repeatLater(host, announced))],
+      errors: [...refused, ...unheard],
     };
+  });
+}
+
+/** With two hosts at it, neighbours would go by whoever spoke last. */
+function unannounceable(address: Ipv4, conflict: KvmIbError | undefined): KvmIbError | undefined {
+  if (conflict === undefined) return undefined;
+  return new KvmIbError('conflict', `Cannot announce ${address}`, {
+    ...(conflict.why === undefined ? {} : { why: conflict.why }),
+    fix:
+      `two hosts have it: end one of the two guests, or \`kvm-ib remove\` it there (ip -4 address shows ${address} on both); ` +
+      `then, on the host that keeps it: kvm-ib announce ${address}`,
   });
 }
 

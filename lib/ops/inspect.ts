@@ -6,14 +6,13 @@ import { toKvmIbError } from '../core/errors.ts';
 import type { Config, Mapping, Owner } from '../core/mapping.ts';
 import { isOurLabel, ownerName } from '../core/mapping.ts';
 import type { Change, Observed } from '../core/plan.ts';
-import { plan } from '../core/plan.ts';
 import { mappingsOf } from '../core/state.ts';
 import type { ObservedTable } from '../nat/engine.ts';
 import type { Host } from './host.ts';
 import type { HostView } from './observe.ts';
 import { hasAddress, observeHost, ownAddressInRange } from './observe.ts';
 import type { Intent } from './reconcile.ts';
-import { goalOf, readIntent, tableDifferences } from './reconcile.ts';
+import { probedGoal, readIntent, tableDifferences } from './reconcile.ts';
 import { unfinishedImport } from './sync.ts';
 
 /** One row of `list`. */
@@ -107,14 +106,15 @@ export function inspect(host: Host): Promise<{ readonly status: Status; readonly
     const intent = await readIntent(host);
     const standing = intent.entries.flatMap((entry) => mappingsOf(entry.file));
     const view = await observeHost(host, standing, intent.unreadable.length > 0);
-    const goal = goalOf(host, intent, view);
+    // Whoever has an address that is missing here is named, and asking changes nothing.
+    const { goal, changes, probing } = await probedGoal(host, intent, view);
     const drift = [
       ...fileDrift(intent),
       ...intent.conflicts.map((error) => errorDrift(null, 'file', error)),
       ...tableDifferences(view).map(tableDrift),
       ...linkDrift(host, view),
       ...goal.hindered.map(({ mapping, error }) => errorDrift(mapping, 'alias', error)),
-      ...plan(goal, view.observed).flatMap((change) => changeDrift(change, view.observed)),
+      ...changes.flatMap((change) => changeDrift(change, view.observed)),
       ...orphanAliases(intent, view),
     ];
     const kept = intent.entries.filter((entry) => entry.verdict === 'keep');
@@ -125,6 +125,7 @@ export function inspect(host: Host): Promise<{ readonly status: Status; readonly
     const standstill = await standstillOf(host);
     const warnings = [
       ...intent.warnings,
+      ...probing.warnings(new Set()),
       ...(standstill === undefined ? [] : [`${standstill.why}; ${standstill.fix}`]),
     ];
     const told = drift.map((one) => (standstill !== undefined ? { ...one, fix: standstill.fix } : one));

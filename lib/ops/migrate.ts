@@ -10,17 +10,20 @@ import type { Ipv4 } from '../core/address.ts';
 import { KvmIbError, toKvmIbError } from '../core/errors.ts';
 import type { Mapping } from '../core/mapping.ts';
 import { domainName, ownerName } from '../core/mapping.ts';
-import { plan } from '../core/plan.ts';
+import type { Change } from '../core/plan.ts';
+import { isEmptyElements, plan } from '../core/plan.ts';
 import type { Holder, StateFile } from '../core/state.ts';
 import { CLAIM, isElsewhere, mappingsOf } from '../core/state.ts';
 import { printHardware } from '../link/arp.ts';
+import type { Flow } from '../link/ctnetlink.ts';
 import type { LinkAddress } from '../link/ports.ts';
 import { ARPHRD } from '../link/ports.ts';
 import type { ActionRequest, VmOwner } from './actions.ts';
 import { commit, release, undo, viewOf } from './actions.ts';
-import { apply, repeatLater } from './apply.ts';
+import type { Flush } from './apply.ts';
+import { apply, flushRequests, isFlush, repeatLater } from './apply.ts';
 import type { Host } from './host.ts';
-import { gatewaysOf } from './introduce.ts';
+import { gatewaysOf, introduce } from './introduce.ts';
 import { observeMappings } from './observe.ts';
 import type { Probing } from './probe.ts';
 import { createProbing } from './probe.ts';
@@ -193,15 +196,18 @@ export async function expect(host: Host, arrival: Arrival): Promise<Expected> {
     await ensureTable(host, mappings, []);
     // One that comes from another host is answered for there until it has come.
     const asked = arrival.isUnannounced ? { ...probing, refuse: () => undefined } : probing;
-    const { warnings } = await syncLocked(host, { owner, wish: mappings, action, holder, dryRun: true }, asked);
+    const wished = { owner, wish: mappings, action, holder, dryRun: true };
+    const { changes, warnings } = await syncLocked(host, wished, asked);
     const phase = { name: 'pending', action, holder, elsewhere: true } as const;
     host.store.write(stateFile(host, owner, phase, mappings));
     const answered = mappings.flatMap((m) => probing.conflictOf(m.address) ?? []).at(0);
-    return { ...nothingDone(owner, ...warnings), gateways, answered };
+    return { ...nothingDone(owner, ...warnings), planned: changes, gateways, answered };
   });
 }
 
 export interface Expected extends SyncResult {
+  /** What it takes to put the mappings into the kernel, as it is now. */
+  readonly planned: readonly Change[];
   /** The addresses of the bridges that the guest comes to. */
   readonly gateways: readonly LinkAddress[];
   /** Another host answers for one of its addresses: that of an unannounced guest which it comes from, or a second owner. */
@@ -273,17 +279,73 @@ const NOT_ASKED: Probing = {
   spent: () => 0,
 };
 
-/** On the destination, when the guest runs here: pair, flows, alias, announcement. The file stays pending. */
-export async function takeOver(
+/**
+ * On the destination, when the guest runs here: pair, flows, alias, announcement, in that order and with nothing looked up
+ * any more; every millisecond is one of silence. `complete` follows. The file stays pending, and `elsewhere` until then: whoever finds it so
+ * finds out from libvirt, and from the kernel what is there already.
+ */
+export interface CutOver {
+  /** Connections of this host and its guests to the one that comes, which are tracked without translation. Now and then, while waiting. */
+  refresh(): Promise<void>;
+  run(): Promise<SyncResult>;
+}
+
+export function cutOver(host: Host, arrival: Arrival, { planned, gateways }: Expected): CutOver {
+  const { owner, action, holder } = arrival;
+  const pairs = planned.filter((change) => change.kind === 'change-pairs');
+  const aliases = planned.filter((change) => change.kind === 'add-alias' || change.kind === 'announce');
+  // Something has to go first, as what a VM left that has ended.
+  const isPlain = planned.every((change) => PLAIN.has(change.kind) && !isRemoving(change));
+  const foreign = flushRequests(host, planned.filter(isFlush));
+  let stale: readonly Flow[] = [];
+  return {
+    refresh: async () => {
+      stale = await host.conntrack.find(foreign);
+    },
+    run: async () => {
+      // First: it runs already, and its packets are lost until it knows.
+      await host.announcer.announce(gateways);
+      if (!isPlain) return takeOver(host, arrival);
+      return host.withLock(`${action} ${ownerName(owner)}`, async () => {
+        if (!isElsewhere(pendingBy(host.store.read(owner), holder))) return nothingDone(owner);
+        await apply(host, pairs);
+        const flushed = await host.conntrack.remove(stale);
+        const { warnings } = await apply(host, aliases);
+        return { ...nothingDone(owner, ...warnings), changes: [...pairs, ...aliases], flushed };
+      });
+    },
+  };
+}
+
+const PLAIN = new Set<Change['kind']>([
+  'change-pairs',
+  'flush-foreign',
+  'set-mtu',
+  'set-hairpin',
+  'add-alias',
+  'announce',
+]);
+
+function isRemoving(change: Change): boolean {
+  return change.kind === 'change-pairs' && !isEmptyElements(change.remove);
+}
+
+/** After the cut-over: what it left out, and the file, which is pending then like that of any action. */
+export async function complete(host: Host, arrival: Arrival, { gateways, planned }: Expected): Promise<SyncResult> {
+  const result = await takeOver(host, arrival, planned.filter(isFlush));
+  await introduce(host, arrival.mappings, gateways);
+  return result;
+}
+
+function takeOver(
   host: Host,
   { owner, action, holder, mappings }: Arrival,
-  gateways: readonly LinkAddress[],
+  flushes: readonly Flush[] = [],
 ): Promise<SyncResult> {
-  // First: it runs already, and its packets are lost until it knows.
-  await host.announcer.announce(gateways);
   return host.withLock(`${action} ${ownerName(owner)}`, async () => {
     const file = pendingBy(host.store.read(owner), holder);
     if (file === undefined || !isElsewhere(file)) return nothingDone(owner);
+    await apply(host, flushes);
     return syncLocked(host, { owner, wish: mappings, action, holder, pending: true }, NOT_ASKED);
   });
 }
@@ -305,8 +367,9 @@ export function giveUp(host: Host, { owner, holder, action }: Arrival): Promise<
 }
 
 /** On the destination, after the stock script succeeded. */
-export async function arrived(host: Host, arrival: Arrival, gateways: readonly LinkAddress[]): Promise<SyncResult> {
-  const taken = await takeOver(host, arrival, gateways);
+export async function arrived(host: Host, arrival: Arrival, { gateways }: Expected): Promise<SyncResult> {
+  const taken = await takeOver(host, arrival);
+  if (taken.changes.length > 0) await introduce(host, arrival.mappings, gateways);
   const done = await commit(host, arrival.owner, arrival.holder);
   return {
     ...done,

@@ -6,23 +6,23 @@ import type { Ipv4, LinkName, Mac } from '../core/address.ts';
 import { resolveMapping } from '../core/config.ts';
 import { KvmIbError, toKvmIbError } from '../core/errors.ts';
 import type { Mapping, Owner } from '../core/mapping.ts';
-import { domainName, isOurLabel, ownerName, sameMapping } from '../core/mapping.ts';
+import { aliasKey, domainName, isOurLabel, ownerName, sameMapping } from '../core/mapping.ts';
 import type { Change, Desired, Observed } from '../core/plan.ts';
 import { plan } from '../core/plan.ts';
 import { networksText, printTableRecord } from '../core/served.ts';
 import type { StateFile, Verdict } from '../core/state.ts';
 import { isOfBoot, mappingsOf, presentMappings, verdictOf, wishOfDomain } from '../core/state.ts';
-import type { RepeatItem } from '../link/ports.ts';
+import type { LinkAddress, RepeatItem } from '../link/ports.ts';
 import type { TableSpec } from '../nat/engine.ts';
 import { rulesetTag } from '../nat/ruleset.ts';
 import type { Announced } from './announce.ts';
-import { againOn, announceAgain, seenLinks, standing as standingAliases } from './announce.ts';
+import { againOn, announceAgain, itemsOf, seenLinks, standing as standingAliases } from './announce.ts';
 import { apply, repeatLater } from './apply.ts';
 import type { Host } from './host.ts';
 import type { HostView } from './observe.ts';
 import { hasAddress, hindranceOf, neededSpec, observeHost, ownAddressInRange, strangersOf } from './observe.ts';
 import type { Probing } from './probe.ts';
-import { createProbing, takenBy } from './probe.ts';
+import { createProbing, heldTwice, takenBy } from './probe.ts';
 import { activeFile, loadTable, refuseOldRules, refuseUnderOldRules, removing, stateFile } from './sync.ts';
 
 export interface ReconcileResult {
@@ -187,13 +187,16 @@ function withoutDoubleClaims(entries: readonly Entry[]): Pick<Intent, 'entries' 
 
 /** What the kernel is to hold, as far as it can. */
 export interface Goal extends Desired {
-  /** Wanted mappings that something stands in the way of, and what: nothing of theirs is touched. */
+  /**
+   * Wanted mappings that something stands in the way of, and what. Nothing of theirs is touched, unless another host has
+   * the address: what this host has of it is then released, and the file stays for when the other one is gone.
+   */
   readonly hindered: readonly { readonly mapping: Mapping; readonly error: KvmIbError }[];
   /** Guest and IB addresses that nothing is done about: of hindered mappings, and of owners that are left alone. */
   readonly untouched: ReadonlySet<string>;
 }
 
-/** @param probing what the fabric answered for addresses that are not on their link yet; without it nobody was asked */
+/** @param probing what the fabric answered for addresses that it was asked for; without it nobody was asked */
 export function goalOf(host: Host, intent: Intent, view: HostView, probing?: Pick<Probing, 'conflictOf'>): Goal {
   const of = (verdict: Verdict): readonly StateFile[] =>
     intent.entries.filter((entry) => entry.verdict === verdict).map((entry) => entry.file);
@@ -202,9 +205,19 @@ export function goalOf(host: Host, intent: Intent, view: HostView, probing?: Pic
     view.addresses,
     intent.entries.flatMap((entry) => mappingsOf(entry.file)),
   );
+  const running = new Set(intent.entries.flatMap(({ file, running: is }) => (is ? file.mappings : [])));
+  const aliases = new Set(view.observed.aliases.map(aliasKey));
+  const elsewhere: Mapping[] = [];
   const hindered = kept.flatMap((mapping) => {
-    const error = hindranceOf(host.config, mapping, view, strangers) ?? probing?.conflictOf(mapping.address);
-    return error === undefined ? [] : [{ mapping, error }];
+    const error = hindranceOf(host.config, mapping, view, strangers);
+    if (error !== undefined) return [{ mapping, error }];
+    const conflict = probing?.conflictOf(mapping.address);
+    if (conflict === undefined) return [];
+    const { vm } = mapping;
+    const stands = aliases.has(aliasKey(mapping));
+    if (stands || hasPair(mapping, view.observed)) elsewhere.push(mapping);
+    const isTwice = vm !== null && running.has(mapping);
+    return [{ mapping, error: isTwice ? heldTwice({ ...mapping, vm }, conflict, stands) : conflict }];
   });
   const untouched = new Set<string>(
     [...of('leave').flatMap(mappingsOf), ...hindered.map(({ mapping }) => mapping)].flatMap((m) => [
@@ -222,7 +235,16 @@ export function goalOf(host: Host, intent: Intent, view: HostView, probing?: Pic
   // What a file that cannot be read has put there is not known, so nothing unknown goes.
   const standing = new Set([...untouched, ...orphaned(view, [...kept, ...release])]);
   const strays = intent.unreadable.length > 0 ? [] : strayElements(view.spec, kept, release, standing, view.observed);
-  return { want, release: [...release, ...strays], hindered, untouched };
+  return { want, release: [...release, ...elsewhere, ...strays], hindered, untouched };
+}
+
+/** Whether the kernel holds anything of the pair. */
+function hasPair({ guest, address, mac }: Mapping, observed: Observed): boolean {
+  return (
+    observed.guestToIb.get(guest) === address ||
+    observed.ibToGuest.get(address) === guest ||
+    (mac === null ? observed.unbound.has(guest) : observed.macs.has(`${guest} ${mac}`))
+  );
 }
 
 /**
@@ -303,11 +325,13 @@ export async function reconcileLocked(host: Host, dryRun: boolean): Promise<Reco
     view = await observeHost(host, standing, keep);
   }
   const links = await seenLinks(host);
-  const { goal, changes, probing } = await probedGoal(host, intent, view);
-  const aliases = standingAliases(
+  const onLinks = standingAliases(
     intent.entries.filter((e) => e.verdict !== 'release').flatMap((e) => e.file.mappings),
     view.addresses,
   );
+  // A link that was away may have missed that another host took an address: nothing is announced again unasked.
+  const { goal, changes, probing } = await probedGoal(host, intent, view, itemsOf(againOn(links, onLinks), onLinks));
+  const [aliases, contested] = partition(onLinks, ({ address }) => probing.conflictOf(address) === undefined);
   const announced = againOn(links, aliases);
   const releases = intent.entries.filter((entry) => entry.verdict === 'release');
   const errors = [...intent.conflicts, ...ownAddresses(host, view.spec)];
@@ -315,6 +339,9 @@ export async function reconcileLocked(host: Host, dryRun: boolean): Promise<Reco
   for (const { path, why } of intent.unreadable) {
     warnings.push(`${path}: ${why}; nothing unknown is removed while it is there`);
   }
+  const decided = new Set<string>(goal.hindered.map(({ mapping }) => mapping.address));
+  const undecided = contested.filter(({ address }) => !decided.has(address));
+  errors.push(...undecided.flatMap(({ address }) => probing.conflictOf(address) ?? []));
   for (const { mapping, error } of goal.hindered) {
     // A link may be absent at boot; with the host's own address in the way, the network is named once.
     if (error.code === 'host-lacks') warnings.push(`${mapping.guest} <-> ${mapping.address} waits: ${error.why}`);
@@ -378,7 +405,8 @@ export async function reconcileLocked(host: Host, dryRun: boolean): Promise<Reco
     }
   }
   try {
-    warnings.push(...(await announceAgain(host, links, announced, aliases)));
+    const unsettled = contested.filter((item) => undecided.includes(item) || outcome.failed.has(item.address));
+    warnings.push(...(await announceAgain(host, links, announced, aliases, unsettled)));
   } catch (error) {
     errors.push(toKvmIbError(error, 'Cannot write the state'));
   }
@@ -394,20 +422,30 @@ export async function reconcileLocked(host: Host, dryRun: boolean): Promise<Reco
   };
 }
 
-/** The goal and its plan, after the fabric was asked for every address that would be taken: one that answers is left alone. */
-async function probedGoal(
+/**
+ * The goal and its plan, after the fabric was asked for every address that would be taken: one that answers is left alone.
+ * @param standing addresses that are on their link and are to be asked for as well
+ */
+export async function probedGoal(
   host: Host,
   intent: Intent,
   view: HostView,
+  standing: readonly LinkAddress[] = [],
 ): Promise<{ readonly goal: Goal; readonly changes: readonly Change[]; readonly probing: Probing }> {
   const probing = createProbing(host);
   const goal = goalOf(host, intent, view);
   const changes = plan(goal, view.observed);
   const taken = takenBy(changes);
-  await probing.ask(taken);
-  if (!taken.some(({ address }) => probing.conflictOf(address) !== undefined)) return { goal, changes, probing };
+  await Promise.all([probing.ask(taken), probing.askOthers(standing)]);
+  await probing.askFirst(taken);
+  const asked = [...taken, ...standing];
+  if (!asked.some(({ address }) => probing.conflictOf(address) !== undefined)) return { goal, changes, probing };
   const rest = goalOf(host, intent, view, probing);
   return { goal: rest, changes: plan(rest, view.observed), probing };
+}
+
+function partition<T>(all: readonly T[], isFirst: (one: T) => boolean): readonly [readonly T[], readonly T[]] {
+  return [all.filter(isFirst), all.filter((one) => !isFirst(one))];
 }
 
 /** Why the table is loaded anew although it is as it was loaded. */

@@ -281,7 +281,8 @@ export async function createRig(): Promise<Rig> {
   return rig;
 }
 
-const STOCK = (record: string, behaviour: string): string => `#!/bin/sh
+/** A stock script that writes down how it was called, then does what the file `behaviour` says. */
+export const STOCK = (record: string, behaviour: string): string => `#!/bin/sh
 action=\${0##*/}
 record='${record}'
 echo "$action" >> "$record/runs"

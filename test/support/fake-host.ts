@@ -15,6 +15,7 @@ import { ownerName } from '../../lib/core/mapping.ts';
 import type { DomainState, Holder, StateFile } from '../../lib/core/state.ts';
 import { mappingsOf } from '../../lib/core/state.ts';
 import { createStore } from '../../lib/host/store.ts';
+import type { Flow } from '../../lib/link/ctnetlink.ts';
 import type { BridgePort, FlushRequest, InetAddress, Link, OtherHolder } from '../../lib/link/ports.ts';
 import type { ElementReader } from '../../lib/nat/nft.ts';
 import { createNftEngine } from '../../lib/nat/nft.ts';
@@ -193,6 +194,19 @@ export function createFakeHost(config: Config, options: FakeHostOptions = {}): F
         const flushed = kernel.flows.length - rest.length;
         kernel.flows = rest;
         return flushed;
+      },
+      // What is found is only handed back.
+      find: async (requests) =>
+        kernel.flows.filter((flow) =>
+          requests.some((request) => concerns(request, flow)),
+        ) as unknown as readonly Flow[],
+      remove: async (flows) => {
+        log.push(`remove flows ${flows.length}`);
+        const gone = new Set<unknown>(flows);
+        const rest = kernel.flows.filter((flow) => !gone.has(flow));
+        const removed = kernel.flows.length - rest.length;
+        kernel.flows = rest;
+        return removed;
       },
     },
     announcer: {
@@ -455,7 +469,11 @@ export function withFaults(host: Host, n: number, mode: 'once' | 'on' = 'once'):
       setMtu: wrap('setMtu', links.setMtu),
       setHairpin: wrap('setHairpin', links.setHairpin),
     },
-    conntrack: { flush: wrap('conntrack.flush', conntrack.flush) },
+    conntrack: {
+      ...conntrack,
+      flush: wrap('conntrack.flush', conntrack.flush),
+      remove: wrap('conntrack.remove', conntrack.remove),
+    },
     store: {
       ...store,
       write: wrapSync('store.write', store.write),

@@ -27,6 +27,13 @@ export interface LibvirtStandIn {
 
 export function startLibvirtStandIn(folder: string): LibvirtStandIn {
   requireOwnNetns();
+  const { script, ...libvirt } = writeLibvirtStandIn(folder);
+  execFileSync('/usr/bin/mount', ['--bind', script, VIRSH]);
+  return { ...libvirt, stop: () => void execFileSync('/usr/bin/umount', [VIRSH]) };
+}
+
+/** The same, to be mounted elsewhere: `script` goes over /usr/bin/virsh. */
+export function writeLibvirtStandIn(folder: string): Omit<LibvirtStandIn, 'stop'> & { readonly script: string } {
   const domains = join(folder, 'domains');
   const silent = join(folder, 'silent');
   const reason = join(folder, 'reason');
@@ -65,10 +72,10 @@ esac
 `,
     { mode: 0o755 },
   );
-  execFileSync('/usr/bin/mount', ['--bind', script, VIRSH]);
   const file = (vm: number) => join(domains, `one-${vm}`);
   const answers = (yes: boolean) => (yes ? rmSync(silent, { force: true }) : writeFileSync(silent, ''));
   return {
+    script,
     folder: domains,
     answers,
     reason: (words) => writeFileSync(reason, `${words}\n`),
@@ -86,7 +93,6 @@ esac
       writeFileSync(reason, 'running (booted)\n');
       for (const name of existsSync(domains) ? readdirSync(domains) : []) rmSync(join(domains, name));
     },
-    stop: () => void execFileSync('/usr/bin/umount', [VIRSH]),
   };
 }
 
@@ -94,7 +100,7 @@ esac
  * Shell text for the stock scripts of a rig (`$action`, `$record` are set): each does to the domains what OpenNebula's own does.
  * `sed` on the domain XML of deploy finds the interfaces; a checkpoint is a copy of the domain's file.
  */
-export function livelyStock(libvirt: LibvirtStandIn): string {
+export function livelyStock(libvirt: Pick<LibvirtStandIn, 'folder'>): string {
   return `cat > "$record/$action.stdin"
 n=$#; eval "vm=\\\${$((n - 1))}"
 domain='${libvirt.folder}'/one-$vm

@@ -9,7 +9,7 @@ import { ownIdentity } from '../host/process.ts';
 import { commit, start, undo } from '../ops/actions.ts';
 import type { Host } from '../ops/host.ts';
 import type { Arrival, CutOver } from '../ops/migrate.ts';
-import { arrived, complete, cutOver, expect, notArrived } from '../ops/migrate.ts';
+import { arrived, complete, cutOver, expect, giveUp, notArrived, refuseSecondOwner } from '../ops/migrate.ts';
 import type { SyncResult } from '../ops/sync.ts';
 import { pendingBy } from '../ops/sync.ts';
 import type { ArriveMessage, Verdict } from './protocol.ts';
@@ -56,14 +56,16 @@ export async function serveArrival(
   const refreshing = keepFresh(change, () => watch.hasTap());
   const source = sourceOf(change);
   let changing: Promise<unknown> = Promise.resolve();
+  let isTaken = false;
   void watch.arrived.then(() => {
     refreshing.stop();
     voice.event({ event: 'resumed' });
-    changing = change
-      .greet()
+    changing = refuseSecondOwner(host, arrival, expected)
+      .then(() => change.greet())
       .then(() => source.letGo())
       .then(() => change.run())
       .then(async ({ warnings }) => {
+        isTaken = true;
         voice.event({ event: 'arrived', warnings });
         await complete(host, arrival, expected);
       })
@@ -75,13 +77,19 @@ export async function serveArrival(
       released: () => source.said(),
       commit: async () => {
         await changing;
+        if (!isTaken) {
+          await refuseSecondOwner(host, arrival, expected).catch(async (cause: unknown) => {
+            await giveUp(host, arrival);
+            throw cause;
+          });
+        }
         return arrived(host, arrival, expected);
       },
       undo: async () => {
         await changing;
         return notArrived(host, arrival);
       },
-      state: () => stateOf(host, owner.vm),
+      state: () => stateOf(host, arrival),
       hasBegun: () => watch.hasTap(),
     });
   } finally {
@@ -151,17 +159,20 @@ async function serveNow(
     commit: () => commit(host, owner, holder, mappings),
     undo: () => undo(host, owner, holder, action),
     released: () => undefined,
-    state: () => stateOf(host, owner.vm),
+    state: () => stateOf(host, { owner, holder }),
     hasBegun: () => false,
   });
 }
+
+/** `lost`: somebody else decides by now. `refused`: gone, and it will not come. */
+type State = 'here' | 'moving' | 'gone' | 'unknown' | 'lost' | 'refused';
 
 interface Ends {
   /** The source has let go, or nobody will say so any more. */
   released(): void;
   commit(): Promise<SyncResult>;
   undo(): Promise<SyncResult>;
-  state(): Promise<'here' | 'moving' | 'gone' | 'unknown'>;
+  state(): Promise<State>;
   /** Whether the domain was seen to come before. */
   hasBegun(): boolean;
 }
@@ -188,11 +199,15 @@ async function conclude(
 /** @returns undefined when nobody can tell: the file stays pending, and reconcile decides */
 async function withoutVerdict(ends: Ends): Promise<'commit' | 'undo' | undefined> {
   const began = performance.now();
-  let wasThere = ends.hasBegun();
+  let wasThere = false;
   for (;;) {
+    // Before the look at the domain, which is there as long as its tap is.
+    wasThere ||= ends.hasBegun();
     const state = await ends.state();
     const waited = performance.now() - began;
     if (state === 'here') return 'commit';
+    if (state === 'lost') return undefined;
+    if (state === 'refused') return 'undo';
     if (state === 'gone' && (wasThere || waited > GRACE_MS)) return 'undo';
     if (waited > (state === 'moving' ? LIMIT_MS : GRACE_MS)) return undefined;
     if (state === 'moving') wasThere = true;
@@ -200,14 +215,17 @@ async function withoutVerdict(ends: Ends): Promise<'commit' | 'undo' | undefined
   }
 }
 
-async function stateOf(host: Host, vm: number): Promise<'here' | 'moving' | 'gone' | 'unknown'> {
-  const { kind } = await host.domains.state(vm);
-  if (kind !== 'active') return kind === 'inactive' ? 'gone' : 'unknown';
-  return (await host.domains.isMoving(vm)) ? 'moving' : 'here';
+async function stateOf(host: Host, { owner, holder }: Pick<Arrival, 'owner' | 'holder'>): Promise<State> {
+  const file = pendingBy(host.store.read(owner), holder);
+  if (file === undefined) return 'lost';
+  const { kind } = await host.domains.state(owner.vm);
+  if (kind === 'unknown') return 'unknown';
+  if (kind === 'inactive') return file.phase.overtaken ? 'refused' : 'gone';
+  return (await host.domains.isMoving(owner.vm)) ? 'moving' : 'here';
 }
 
 /** The request held against the configuration of this host. */
-function arrivalOf(host: Host, { vm, action, nics, source }: ArriveMessage): Arrival {
+function arrivalOf(host: Host, { vm, action, when, nics, source }: ArriveMessage): Arrival {
   const mappings = nics.map(({ held: _, ...nic }) =>
     resolveMapping(host.config, { ...nic, address: nic.address ?? undefined, vm }),
   );
@@ -218,5 +236,6 @@ function arrivalOf(host: Host, { vm, action, nics, source }: ArriveMessage): Arr
     mappings,
     expected: new Map(nics.flatMap(({ guest, held }) => (held === null ? [] : [[guest, held] as const]))),
     links: source?.links ?? [],
+    isUnannounced: when === 'resume' && source === null,
   };
 }

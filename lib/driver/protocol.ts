@@ -54,7 +54,7 @@ export interface NicMessage {
   readonly bridge: LinkName;
 }
 
-export const MODES = ['start', 'restart', 'plug', 'unplug', 'follow', 'check', 'release', 'depart'] as const;
+export const MODES = ['start', 'restart', 'plug', 'unplug', 'follow', 'check', 'release', 'depart', 'outcome'] as const;
 
 /**
  * What is asked for, by the state of the domain and the place of the stock script. The first four and `depart` get a verdict.
@@ -67,6 +67,7 @@ export const MODES = ['start', 'restart', 'plug', 'unplug', 'follow', 'check', '
  * - `check`: whether `follow` would succeed; changes nothing.
  * - `release`: after the script ended the domain.
  * - `depart`: before the script moves the domain to another host: the kernel is touched after `release` or `commit` only.
+ * - `outcome`: after a step that may have started, changed or ended the domain: what it has now, nothing where there is none.
  */
 export type Mode = (typeof MODES)[number];
 
@@ -77,7 +78,7 @@ export function awaitsVerdict(mode: Mode): boolean {
 
 /** The version that a request of this mode names. */
 export function syncVersion(mode: Mode): number {
-  return mode === 'depart' ? PROTOCOL_VERSION : SYNC_VERSION;
+  return mode === 'depart' || mode === 'outcome' ? PROTOCOL_VERSION : SYNC_VERSION;
 }
 
 export interface SyncMessage {
@@ -128,7 +129,7 @@ export interface ArriveMessage {
   readonly when: 'now' | 'resume';
   readonly nics: readonly ArrivingNic[];
   readonly unmapped: readonly number[];
-  /** Null: nobody still has its addresses. */
+  /** Null: with `now` nobody still has its addresses, with `resume` nobody says whether it comes from another host. */
   readonly source: Source | null;
 }
 

@@ -13,7 +13,7 @@ import { domainName, ownerName } from '../core/mapping.ts';
 import type { Change } from '../core/plan.ts';
 import { isEmptyElements, plan } from '../core/plan.ts';
 import type { Holder, StateFile } from '../core/state.ts';
-import { isElsewhere, mappingsOf } from '../core/state.ts';
+import { CLAIM, isElsewhere, mappingsOf } from '../core/state.ts';
 import { printHardware } from '../link/arp.ts';
 import type { Flow } from '../link/ctnetlink.ts';
 import type { LinkAddress } from '../link/ports.ts';
@@ -162,6 +162,8 @@ export interface Arrival {
   readonly expected: ReadonlyMap<Ipv4, Ipv4>;
   /** Empty: there is no source that still has them. */
   readonly links: readonly SourceLink[];
+  /** True: it may be started here, or come from another host, and nobody says which. */
+  readonly isUnannounced?: boolean;
 }
 
 /**
@@ -195,11 +197,14 @@ export async function expect(host: Host, arrival: Arrival): Promise<Expected> {
     // Left from a stay that no action ended.
     if (file !== undefined) await syncLocked(host, { owner, wish: [], action, holder });
     await ensureTable(host, mappings, []);
+    // One that comes from another host is answered for there until it has come.
+    const asked = arrival.isUnannounced ? { ...probing, refuse: () => undefined } : probing;
     const wished = { owner, wish: mappings, action, holder, dryRun: true };
-    const { changes, warnings } = await syncLocked(host, wished, probing);
+    const { changes, warnings } = await syncLocked(host, wished, asked);
     const phase = { name: 'pending', action, holder, elsewhere: true } as const;
     host.store.write(stateFile(host, owner, phase, mappings));
-    return { ...nothingDone(owner, ...warnings), planned: changes, gateways };
+    const answered = mappings.flatMap((m) => probing.conflictOf(m.address) ?? []).at(0);
+    return { ...nothingDone(owner, ...warnings), planned: changes, gateways, answered };
   });
 }
 
@@ -208,6 +213,8 @@ export interface Expected extends SyncResult {
   readonly planned: readonly Change[];
   /** The addresses of the bridges that the guest comes to. */
   readonly gateways: readonly LinkAddress[];
+  /** Another host answers for one of its addresses: that of an unannounced guest which it comes from, or a second owner. */
+  readonly answered: KvmIbError | undefined;
 }
 
 /** Networks are the same when they have the same name and give the guest the same address. */
@@ -259,6 +266,7 @@ async function refuseUnfitLinks(host: Host, { owner, mappings, links }: Arrival)
 
 function refuseUnderWay(host: Host, owner: VmOwner, holder: Holder, file: StateFile | undefined): void {
   if (!isPending(file) || pendingBy(file, holder) !== undefined || !host.processes.isAlive(file.phase.holder)) return;
+  if (file.phase.action === CLAIM) return;
   throw new KvmIbError('conflict', `Cannot migrate VM ${owner.vm}`, {
     why: `its ${file.phase.action} is under way on this host`,
     fix: 'wait until it has ended, then try again',
@@ -362,6 +370,22 @@ function takeOver(
     if (file === undefined || !isElsewhere(file)) return nothingDone(owner);
     await apply(host, flushes);
     return syncLocked(host, { owner, wish: mappings, action, holder, pending: true }, NOT_ASKED);
+  });
+}
+
+/**
+ * On the destination, when an unannounced guest runs here.
+ * @throws KvmIbError `conflict` when it came from nowhere, and another host has its address all the same
+ */
+export async function refuseSecondOwner(host: Host, { owner }: Arrival, { answered }: Expected): Promise<void> {
+  if (answered !== undefined && (await host.domains.cameBy(owner.vm)) !== 'migration') throw answered;
+}
+
+/** On the destination: the guest runs here, and cannot have its addresses. */
+export function giveUp(host: Host, { owner, holder, action }: Arrival): Promise<SyncResult> {
+  return host.withLock(`${action} ${ownerName(owner)}`, async () => {
+    const own = pendingBy(host.store.read(owner), holder);
+    return own === undefined ? nothingDone(owner) : syncLocked(host, { owner, wish: [], action, holder });
   });
 }
 

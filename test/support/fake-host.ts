@@ -241,6 +241,7 @@ export function createFakeHost(config: Config, options: FakeHostOptions = {}): F
         return stateOf(host, vm);
       },
       isMoving: async (vm) => host.moving.has(vm),
+      cameBy: async (vm) => (host.moving.has(vm) ? 'migration' : 'boot'),
       interfaces: async (vms) => interfacesOf(host, vms),
     },
     processes: { isAlive: (holder) => !dead.has(holder.pid), bootId: () => host.bootId },

@@ -12,6 +12,8 @@ import { copyBundles, writeScript } from './driver.ts';
 import type { Host, Lab } from './lab.ts';
 import { pairOf } from './lab.ts';
 import { actionData } from './vm/opennebula.ts';
+import type { VnmVersion } from './vnm.ts';
+import { installNetworkDriver, networkCall, VNM_VERSIONS } from './vnm.ts';
 
 const repository = fileURLToPath(new URL('../..', import.meta.url));
 export const VM = 42;
@@ -40,6 +42,10 @@ export interface TwoHosts {
     readonly to?: string;
     readonly env?: Readonly<Record<string, string>>;
   }): Running;
+  /** The stock script alone, as a site calls it that has only our network driver. */
+  stockMigrate(): Running;
+  /** The network driver on a host, as in a live migration from h1 to h2. */
+  network(host: Host, action: 'pre' | 'post' | 'clean'): Promise<Result>;
   /** The same as OpenNebula before 5.0 calls it: by a command of a running shell, whose standard input is no data. */
   migrateWithoutData(): Running;
   kvmIb(host: Host, ...args: readonly string[]): Promise<Result>;
@@ -118,6 +124,7 @@ export async function createTwoHosts(lab: Lab, folder: string): Promise<TwoHosts
   }
   cpSync(join(repository, 'drivers/vmm/kvm-ib'), drivers, { recursive: true });
   copyBundles(drivers, ['parser.mjs', 'engine.mjs']);
+  installNetworkDriver(folder);
   copyBundles(folder, ['kvm-ib.mjs']);
   writeScript(
     join(stock, 'migrate'),
@@ -181,6 +188,14 @@ child.on('exit', (status) => setTimeout(() => process.exit(status ?? 255), 20));
         nics: [{ bridge: 'virbr1', mac: mac ?? '', ip: '192.168.122.11' }],
       };
       return start(argv, `${actionData(vm, from)}\n`);
+    },
+    stockMigrate: () => start(on('h1', [join(stock, 'migrate'), UUID, 'h2', 'h1', String(VM), 'h1']), ''),
+    network: (host, action) => {
+      const nics = [{ bridge: 'virbr1', mac: mac ?? '', ip: '192.168.122.11' }];
+      const vm = { id: VM, name: 'web-42', uuid: UUID, nics };
+      const version = VNM_VERSIONS.at(-1) as VnmVersion;
+      const { argv, stdin } = networkCall(version, action, { vm, deployed: true, host: 'h1', newest: 'h2' });
+      return start(on(host, [join(folder, 'vnm/kvm-ib', action), ...argv]), stdin ?? '').ended;
     },
     migrateWithoutData: () => {
       const command = [join(drivers, 'migrate'), `one-${VM}`, 'h2', 'h1', String(VM), 'h1'].join(' ');

@@ -22,15 +22,16 @@ const GRACE_MS = 300_000;
 /** One that is still on its way then is left to reconcile. */
 const LIMIT_MS = 24 * 3_600_000;
 
+type Told =
+  | { readonly event: 'resumed' }
+  | { readonly event: 'arrived'; readonly warnings: readonly string[] }
+  | { readonly event: 'failed'; readonly error: object };
+
 /** What the engine says on the way. */
 export interface Voice {
   accept(result: SyncResult): void;
   here(): void;
-  event(
-    event:
-      | { readonly event: 'arrived'; readonly warnings: readonly string[] }
-      | { readonly event: 'failed'; readonly error: object },
-  ): void;
+  event(event: Told): void;
 }
 
 export async function serveArrival(
@@ -53,11 +54,15 @@ export async function serveArrival(
   const change = cutOver(host, arrival, expected);
   await change.refresh();
   const refreshing = keepFresh(change, () => watch.hasTap());
+  const source = sourceOf(change);
   let changing: Promise<unknown> = Promise.resolve();
   let isTaken = false;
   void watch.arrived.then(() => {
     refreshing.stop();
+    voice.event({ event: 'resumed' });
     changing = refuseSecondOwner(host, arrival, expected)
+      .then(() => change.greet())
+      .then(() => source.letGo())
       .then(() => change.run())
       .then(async ({ warnings }) => {
         isTaken = true;
@@ -69,6 +74,7 @@ export async function serveArrival(
   try {
     voice.accept(expected);
     await conclude(lines, voice, () => watch.close(), {
+      released: () => source.said(),
       commit: async () => {
         await changing;
         if (!isTaken) {
@@ -90,6 +96,29 @@ export async function serveArrival(
     refreshing.stop();
     watch.close();
   }
+}
+
+/** The source lets go when the guest stops there, 50 ms and more before it runs here; waited for no longer than this when it does not. */
+const RELEASE_MS = 300;
+
+function sourceOf(change: CutOver): { said(): void; letGo(): Promise<void> } {
+  let tell: () => void = () => undefined;
+  const told = new Promise<void>((resolve) => {
+    tell = resolve;
+  });
+  // After that no connection to the guest is made any more.
+  const known = told.then(() => change.refresh()).catch(() => undefined);
+  return {
+    said: () => tell(),
+    letGo: async () => {
+      let timer: NodeJS.Timeout | undefined;
+      const late = new Promise<void>((resolve) => {
+        timer = setTimeout(resolve, RELEASE_MS);
+      });
+      await Promise.race([known, late]);
+      clearTimeout(timer);
+    },
+  };
 }
 
 const REFRESH_MS = 2000;
@@ -129,6 +158,7 @@ async function serveNow(
   await conclude(lines, voice, () => undefined, {
     commit: () => commit(host, owner, holder, mappings),
     undo: () => undo(host, owner, holder, action),
+    released: () => undefined,
     state: () => stateOf(host, { owner, holder }),
     hasBegun: () => false,
   });
@@ -138,6 +168,8 @@ async function serveNow(
 type State = 'here' | 'moving' | 'gone' | 'unknown' | 'lost' | 'refused';
 
 interface Ends {
+  /** The source has let go, or nobody will say so any more. */
+  released(): void;
   commit(): Promise<SyncResult>;
   undo(): Promise<SyncResult>;
   state(): Promise<State>;
@@ -152,8 +184,13 @@ async function conclude(
   stopWatching: () => void,
   ends: Ends,
 ): Promise<void> {
-  const line = await lines.next();
-  const verdict: Verdict | undefined = line === undefined ? await withoutVerdict(ends) : parseVerdict(line);
+  let verdict: Verdict | undefined;
+  do {
+    const line = await lines.next();
+    if (line !== undefined) verdict = parseVerdict(line);
+    if (line === undefined || verdict === 'released') ends.released();
+    if (line === undefined) verdict = await withoutVerdict(ends);
+  } while (verdict === 'released');
   stopWatching();
   if (verdict === undefined) return;
   voice.accept(await (verdict === 'undo' ? ends.undo() : ends.commit()));

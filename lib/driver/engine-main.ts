@@ -100,8 +100,8 @@ async function serve(): Promise<number> {
 
 async function conclude(host: Host, mode: Mode, request: ActionRequest, verdict: Verdict): Promise<SyncResult> {
   const { owner, action, holder, wish } = request;
-  if (verdict === 'release') {
-    throw new KvmIbError('bad-input', 'Cannot read the request', { why: `"release" is no verdict on ${mode}` });
+  if (verdict === 'release' || verdict === 'released') {
+    throw new KvmIbError('bad-input', 'Cannot read the request', { why: `"${verdict}" is no verdict on ${mode}` });
   }
   if (mode === 'depart') {
     return verdict === 'commit' ? departed(host, request) : stay(host, owner, holder, action);

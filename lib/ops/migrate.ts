@@ -88,7 +88,10 @@ async function linksOf(host: Host, mappings: readonly Mapping[]): Promise<readon
   return found;
 }
 
-/** On the source, when the guest runs on the destination: alias, pair and flows go, the file stays pending. */
+/**
+ * On the source, when the guest has stopped there for good or runs on the destination: alias, pair and flows go, the file
+ * stays pending.
+ */
 export function letGo(host: Host, owner: VmOwner, holder: Holder): Promise<SyncResult> {
   return host.withLock(`release ${ownerName(owner)}`, async () => {
     const file = pendingBy(host.store.read(owner), holder);
@@ -280,13 +283,20 @@ const NOT_ASKED: Probing = {
 };
 
 /**
- * On the destination, when the guest runs here: pair, flows, alias, announcement, in that order and with nothing looked up
- * any more; every millisecond is one of silence. `complete` follows. The file stays pending, and `elsewhere` until then: whoever finds it so
- * finds out from libvirt, and from the kernel what is there already.
+ * On the destination, when the guest runs here: with nothing looked up any more, since every millisecond is one of silence.
+ *
+ * A packet of the guest's that meets an old entry of the same connection, without translation or with that of another host, is
+ * given another port by the kernel, and its peer resets. So none passes before these are gone: on the source, which has
+ * let go by then, and here, where the guest's MAC comes last (a mapped address with another MAC is dropped).
+ *
+ * `complete` follows. The file stays pending, and `elsewhere` until then: whoever finds it so finds out from libvirt, and from
+ * the kernel what is there already.
  */
 export interface CutOver {
-  /** Connections of this host and its guests to the one that comes, which are tracked without translation. Now and then, while waiting. */
+  /** Looks for connections of this host and its guests to the one that comes. Last when the source has let go: then no new one is made. */
   refresh(): Promise<void>;
+  /** Tells the guest the bridge's hardware address: it runs already, and its packets are lost until it knows. */
+  greet(): Promise<void>;
   run(): Promise<SyncResult>;
 }
 
@@ -302,19 +312,32 @@ export function cutOver(host: Host, arrival: Arrival, { planned, gateways }: Exp
     refresh: async () => {
       stale = await host.conntrack.find(foreign);
     },
-    run: async () => {
-      // First: it runs already, and its packets are lost until it knows.
+    greet: async () => {
       await host.announcer.announce(gateways);
+    },
+    run: async () => {
       if (!isPlain) return takeOver(host, arrival);
       return host.withLock(`${action} ${ownerName(owner)}`, async () => {
         if (!isElsewhere(pendingBy(host.store.read(owner), holder))) return nothingDone(owner);
-        await apply(host, pairs);
+        await apply(host, pairs.map(withoutMacs));
         const flushed = await host.conntrack.remove(stale);
-        const { warnings } = await apply(host, aliases);
+        const [{ warnings }] = await Promise.all([apply(host, aliases), apply(host, pairs.flatMap(macsAlone))]);
         return { ...nothingDone(owner, ...warnings), changes: [...pairs, ...aliases], flushed };
       });
     },
   };
+}
+
+type PairsChange = Extract<Change, { kind: 'change-pairs' }>;
+
+function withoutMacs(change: PairsChange): PairsChange {
+  return { ...change, add: { ...change.add, macs: [] } };
+}
+
+function macsAlone(change: PairsChange): readonly PairsChange[] {
+  const { macs } = change.add;
+  const none = { guestToIb: [], ibToGuest: [], macs: [], unbound: [] };
+  return macs.length === 0 ? [] : [{ ...change, remove: none, add: { ...none, macs }, comments: {} }];
 }
 
 const PLAIN = new Set<Change['kind']>([

@@ -72,7 +72,7 @@ const MOVES = (folder: string): string => `
 domains() { echo '${folder}'/$1/domains; }
 state() { f=$(domains $1)/one-${VM}; { echo "$2"; [ -e "$f" ] && sed 1d "$f" || sed 1d "$(domains $from)/one-${VM}"; } > "$f.new"; mv "$f.new" "$f"; }
 comes() { ip -n $to link add ${TAP} type veth peer name comes 2> /dev/null; state $to 'paused (starting up)'; sleep 0.1; state $to 'paused (migrating)'; }
-pauses() { state $from 'paused (migrating)'; }
+pauses() { state $from 'paused (migrating)'; echo "event 'lifecycle' for domain 'one-${VM}': Suspended Migrated" >> "$(domains $from)/../events"; sleep 0.1; }
 moves() {
   ip -n $to link delete ${TAP}
   ip -n $from link set ${TAP} netns $to

@@ -62,7 +62,8 @@ export async function serveArrival(
     voice.event({ event: 'resumed' });
     changing = refuseSecondOwner(host, arrival, expected)
       .then(() => change.greet())
-      .then(() => source.letGo())
+      // Of an unannounced guest nobody says it.
+      .then(() => (arrival.isUnannounced ? undefined : source.letGo()))
       .then(() => change.run())
       .then(async ({ warnings }) => {
         isTaken = true;

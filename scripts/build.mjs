@@ -1,4 +1,4 @@
-// Makes dist/: what `bin` names, the two bundles of the driver, the prebuilt addons beside them, and the library with types.
+// Makes dist/: what `bin` names, the bundles of the drivers, the prebuilt addons beside them, and the library with types.
 // The bundles run on bare Node: no node_modules, no loader.
 import { execFileSync } from 'node:child_process';
 import { chmodSync, copyFileSync, cpSync, mkdirSync, readFileSync, rmSync } from 'node:fs';
@@ -53,10 +53,10 @@ await build({
   ...options,
   entryPoints: { 'kvm-ib': join(root, 'lib/cli/main.ts'), engine: join(root, 'lib/driver/engine-main.ts') },
 });
-// OpenNebula copies the parser to every host: short names make it a quarter smaller. Functions keep theirs for stack traces.
+// OpenNebula copies both parsers to every host: short names make it a quarter smaller. Functions keep theirs for stack traces.
 await build({
   ...options,
-  entryPoints: { parser: join(root, 'lib/driver/parser-main.ts') },
+  entryPoints: { parser: join(root, 'lib/driver/parser-main.ts'), vnm: join(root, 'lib/driver/vnm-main.ts') },
   minifyIdentifiers: true,
   keepNames: true,
 });

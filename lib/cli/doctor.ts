@@ -18,6 +18,7 @@ import type { Diagnosis, Fact, FrontEndDiagnosisFacts, HostTree } from '../ops/d
 import { diagnoseFrontEnd, diagnoseHost, together } from '../ops/doctor.ts';
 import { planInstall } from '../ops/install.ts';
 import {
+  DRIVER_DIRECTORY,
   FRONT_END_USER,
   frontEndItems,
   ONED_CONF,
@@ -26,6 +27,7 @@ import {
   VMM_EXECRC,
 } from '../ops/install-front-end.ts';
 import { LIBRARY } from '../ops/install-host.ts';
+import { installedNetworkDriver, networkDriverItems } from '../ops/install-network-driver.ts';
 import { configFindings, firewallFindings, oneHosts, oneNetworks } from './facts.ts';
 import type { Shell } from './install.ts';
 import { renderDiagnosis } from './render.ts';
@@ -94,13 +96,24 @@ async function doctor(shell: Shell, options: DoctorOptions): Promise<void> {
 
 async function frontEndFacts(shell: Shell, target: Target, file: string): Promise<FrontEndDiagnosisFacts> {
   const config = attempt(() => readConfig(file));
+  const network = attempt(() => installedNetworkDriver(target.observe(findPackage(), new Map())));
+  const networkDriver =
+    network instanceof KvmIbError || !network.isThere
+      ? undefined
+      : { hooksOf: network.hooksOf, alone: !target.exists(DRIVER_DIRECTORY) };
   return {
     onedConf: target.readText(ONED_CONF),
     vmmExecrc: target.readText(VMM_EXECRC),
     version: attempt(() => parseOneVersion(target.readText(VERSION_FILE) ?? '')),
+    networkDriver,
     driverFiles: attempt(() => {
       const pack = findPackage();
-      const operations = planInstall(frontEndItems(pack.list('drivers'), null), target.observe(pack, new Map()));
+      const drivers = pack.list('drivers');
+      const items = [
+        ...frontEndItems(drivers, null, networkDriver?.alone !== true),
+        ...(networkDriver === undefined ? [] : networkDriverItems(drivers, networkDriver.hooksOf)),
+      ];
+      const operations = planInstall(items, target.observe(pack, new Map()));
       const files = operations.filter(({ kind, sign }) => kind === 'file' && sign !== '=');
       const paths = (sign: '+' | '~'): readonly string[] =>
         files.filter((one) => one.sign === sign).map(({ path }) => path.slice(REMOTES.length + 1));

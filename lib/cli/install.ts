@@ -21,7 +21,7 @@ import {
   runSteps,
 } from '../host/installer.ts';
 import { createIptables, guestsUnderOldRules } from '../host/iptables.ts';
-import { ONEHOST } from '../host/one-command.ts';
+import { ONEHOST, ONEVNET } from '../host/one-command.ts';
 import { DEFAULT_RUN_DIR, DEFAULT_STATE_DIR, FIXED_PATHS } from '../host/paths.ts';
 import { createStore } from '../host/store.ts';
 import { createHost, requireRights } from '../host/this-host.ts';
@@ -34,6 +34,7 @@ import type { Item, Note, Operation, Sign, Step } from '../ops/install.ts';
 import { isChange, octal, planInstall, planUninstall } from '../ops/install.ts';
 import type { FrontEndFacts } from '../ops/install-front-end.ts';
 import {
+  DRIVER_DIRECTORY,
   describeSize,
   FRONT_END_USER,
   frontEndItems,
@@ -62,8 +63,17 @@ import {
 } from '../ops/install-host.ts';
 import type { LibvirtPlan, SeenNetwork } from '../ops/install-libvirt.ts';
 import { planLibvirt, planLibvirtRemoval } from '../ops/install-libvirt.ts';
+import {
+  installedNetworkDriver,
+  NETWORK_DIRECTORY,
+  networkDriverItems,
+  networkDriverNotes,
+  networkTemplateFiles,
+  parseHooksOf,
+  refuseOtherNetworkDriver,
+} from '../ops/install-network-driver.ts';
 import { teardown } from '../ops/teardown.ts';
-import { oneHosts } from './facts.ts';
+import { oneHosts, oneNetworks } from './facts.ts';
 
 /** What a command needs of the program that it is part of. */
 export interface Shell {
@@ -142,6 +152,8 @@ export function addInstallCommands(program: Command, shell: Shell): void {
         'kvm-ib install front-end --dry-run',
         'kvm-ib install front-end --config kvm-ib.yaml --mtu 4092 --templates /var/lib/one/kvm-ib-templates',
         'kvm-ib install front-end --driver-name kvm-ib --dry-run    also what it would write into oned.conf',
+        'kvm-ib install front-end --vnm                 where the VMM driver of OpenNebula stays',
+        'kvm-ib install front-end --hooks-of dummy      the same, called by another network driver',
       ],
     )
     .option(...root)
@@ -153,6 +165,8 @@ export function addInstallCommands(program: Command, shell: Shell): void {
     .option('--mtu <bytes>', `MTU of the IPoIB link, for the guests; default: ${COMMON_MTU}`)
     .option('--bridge-address <address>', "the host's address on the bridge; default: as `network-xml`")
     .option('--templates <dir>', 'write the section and the templates that are printed to files there as well')
+    .option('--vnm', 'the network driver, in place of the VMM driver')
+    .option('--hooks-of <drivers>', 'the same as hooks of these network drivers, with commas: dummy, bridge, …')
     .action((options: FrontEndOptions) => installFrontEnd(shell, options));
   shell
     .command(
@@ -471,6 +485,8 @@ interface FrontEndOptions extends Options {
   readonly mtu?: string;
   readonly bridgeAddress?: string;
   readonly templates?: string;
+  readonly vnm?: boolean;
+  readonly hooksOf?: string;
 }
 
 interface UninstallFrontEndOptions extends Options {
@@ -488,18 +504,32 @@ async function installFrontEnd(shell: Shell, options: FrontEndOptions): Promise<
   const given = options.config === undefined ? null : readConfigText(options.config);
   const look = target.observe(pack, new Map());
   refuseOlderDriver(look);
-  const driver = planInstall(frontEndItems(pack.list('drivers'), given), look);
+  const network = networkUse(look, facts, options);
+  const drivers = pack.list('drivers');
+  const vmm = !network.isChosen || target.exists(DRIVER_DIRECTORY);
+  const items = [
+    ...frontEndItems(drivers, given, vmm),
+    ...(network.isWanted ? networkDriverItems(drivers, network.hooksOf) : []),
+  ];
+  const driver = planInstall(items, look);
   // Wherever the driver goes, the templates are for the operator of this machine.
   const here = openTarget('/', FRONT_END_USER);
   const templates =
-    facts.templates === null ? [] : planInstall(templateItems(facts.templates, facts), here.observe(pack, new Map()));
+    facts.templates === null
+      ? []
+      : planInstall(
+          network.isChosen
+            ? templateItems(facts.templates, facts, networkTemplateFiles(facts, network.hooksOf))
+            : templateItems(facts.templates, facts),
+          here.observe(pack, new Map()),
+        );
   const edits = named === null ? [] : planEdits(found, named);
   if (!options.dryRun) {
     await target.apply([...driver, ...edits], pack);
     await here.apply(templates, pack);
   }
   const size = syncedSize(driver);
-  const notes = frontEndNotes(facts, size);
+  const notes = network.isChosen ? networkDriverNotes(facts, network.hooksOf, size) : frontEndNotes(facts, size);
   const operations = [...driver, ...edits, ...templates];
   show(shell, options, { operations, steps: [], results: [], notes, synced: size });
 }
@@ -518,6 +548,25 @@ function textsOf(before: FrontEndFiles, after: NamedFiles): FrontEndFiles {
 function editsOf({ onedConf, vmmExecrc }: NamedFiles): FrontEndFacts['edits'] {
   const all = [[ONED_CONF, onedConf.edits] as const, [VMM_EXECRC, vmmExecrc?.edits ?? []] as const];
   return new Map(all.filter(([, edits]) => edits.length > 0));
+}
+
+/** Chosen now, or by an earlier run: then it is brought up to date. */
+function networkUse(
+  look: ReturnType<Target['observe']>,
+  { version }: FrontEndFacts,
+  { vnm = false, hooksOf, driverName }: FrontEndOptions,
+): { readonly isChosen: boolean; readonly isWanted: boolean; readonly hooksOf: readonly string[] } {
+  const there = installedNetworkDriver(look);
+  const isChosen = vnm || hooksOf !== undefined;
+  if (isChosen && driverName !== undefined) {
+    throw new KvmIbError('usage', 'Cannot install both drivers at once', {
+      why: '--driver-name is the name of the VMM driver, which --vnm and --hooks-of do without',
+      fix: 'leave one of them out; for both drivers run the command twice',
+    });
+  }
+  if (isChosen) refuseOtherNetworkDriver(look);
+  const asked = hooksOf === undefined ? [] : parseHooksOf(hooksOf, version, look);
+  return { isChosen, isWanted: isChosen || there.isThere, hooksOf: [...new Set([...asked, ...there.hooksOf])] };
 }
 
 function frontEndFacts(target: Target, options: FrontEndOptions): FrontEndFacts {
@@ -573,6 +622,7 @@ async function uninstallFrontEnd(shell: Shell, options: UninstallFrontEndOptions
   const edits = planEdits(files, named);
   if (target.live && !options.force && (alone === undefined || edits.length > 0)) {
     await refuseWhileHostsRun(target, files, alone);
+    if (alone === undefined) await refuseWhileNetworksLease(target);
   }
   // With a name alone the driver stays, for the other one.
   const driver = alone === undefined ? planFrontEndRemoval(target, pack, options) : [];
@@ -584,13 +634,18 @@ async function uninstallFrontEnd(shell: Shell, options: UninstallFrontEndOptions
 }
 
 function planFrontEndRemoval(target: Target, pack: Package, options: UninstallFrontEndOptions): readonly Operation[] {
-  const items = frontEndRemovals(pack.list('drivers'));
+  const look = target.observe(pack, new Map());
+  const network = installedNetworkDriver(look);
+  const drivers = pack.list('drivers');
+  const items = [
+    ...frontEndRemovals(drivers),
+    ...(network.isThere ? networkDriverItems(drivers, network.hooksOf) : []),
+  ];
   const keep = keptConfig(
     options.purge ?? false,
     target.exists(HOST_RECORD) ? 'this machine is a host with kvm-ib as well' : undefined,
   );
   const own = items.flatMap((item) => (item.kind === 'directory' && item.own ? [item.path] : []));
-  const look = target.observe(pack, new Map());
   return planUninstall({ items, inside: target.inside(own), madeDirectories: [], keep }, look);
 }
 
@@ -642,6 +697,24 @@ async function refuseWhileHostsRun(target: Target, files: FrontEndFiles, alone: 
   }
 }
 
+/** Nor the VMs of networks whose network driver it is. A hook that is gone is not missed. */
+async function refuseWhileNetworksLease(target: Target): Promise<void> {
+  if (!target.exists(ONEVNET) || !target.exists(NETWORK_DIRECTORY)) return;
+  const refuse = (why: string): KvmIbError =>
+    new KvmIbError('conflict', 'Cannot uninstall the network driver', {
+      why,
+      fix: 'detach their NICs, or power their VMs off and give the networks another VN_MAD first; or use --force',
+    });
+  const networks = await oneNetworks();
+  if (networks instanceof KvmIbError) {
+    throw refuse(`OpenNebula does not say which virtual networks use it (\`onevnet list\` failed: ${networks.why})`);
+  }
+  const busy = networks.filter(({ driver, usedLeases }) => driver === DRIVER && (usedLeases ?? 0) > 0);
+  if (busy.length === 0) return;
+  const some = busy.slice(0, 10).map(({ name }) => printable(name, 60));
+  throw refuse(`virtual networks with this driver have leases: ${some.join(', ')}${busy.length > 10 ? ', …' : ''}`);
+}
+
 interface Outcome {
   readonly operations: readonly Operation[];
   readonly steps: readonly Step[];
@@ -684,7 +757,7 @@ function show(shell: Shell, options: Options, outcome: Outcome): void {
 }
 
 /** Folders of many small files, shown as one line for each sign. */
-const FOLDED = [`${LIBRARY}/drivers`, `${LIBRARY}/rulesets`, `${REMOTES}/vmm/kvm-ib`];
+const FOLDED = [`${LIBRARY}/drivers`, `${LIBRARY}/rulesets`, DRIVER_DIRECTORY, NETWORK_DIRECTORY];
 
 function condense(operations: readonly Operation[]): readonly Operation[] {
   const folderOf = ({ path, why }: Operation): string | undefined =>

@@ -56,6 +56,12 @@ export interface StateFile {
   readonly updated: string;
 }
 
+/**
+ * The action of the network driver that claims a VM's addresses before anybody else begins to work on it; it has seen the whole
+ * VM. Who comes after it takes the claim over.
+ */
+export const CLAIM = 'pre';
+
 /** Every mapping that a file may still have in the kernel. */
 export function mappingsOf(file: StateFile | undefined): readonly Mapping[] {
   if (file === undefined) return [];

@@ -63,8 +63,10 @@ export interface Engine {
   arrive(
     request: Omit<ArriveMessage, 'version' | 'verb'>,
   ): Promise<{ readonly here: boolean; readonly warnings: readonly string[] }>;
-  /** After `arrive`: resolves when the guest runs there, or when the engine has ended. Never rejects. */
-  event(): Promise<ArrivalEvent | undefined>;
+  /** What is told after `arrive`, as it comes; undefined: the engine has ended. */
+  listen(told: (event: ArrivalEvent | undefined) => void): void;
+  /** Says that the source has let go; it is not answered. */
+  released(): void;
   /** The verdict on a pending sync. @returns warnings */
   verdict(verdict: Verdict): Promise<readonly string[]>;
   /** Ends it; a pending sync without a verdict is then left to reconcile. */
@@ -91,10 +93,6 @@ export function startEngine(on?: string): Engine {
   child.on('error', () => stdout.destroy());
   const lines = createLineReader(stdout, ANSWER_LIMIT);
   let happened: (event: ArrivalEvent | undefined) => void = () => undefined;
-  const event = new Promise<ArrivalEvent | undefined>((resolve) => {
-    happened = resolve;
-  });
-  void ended.then(() => happened(undefined));
 
   /** The next answer. What is told before it is passed on. */
   const hear = async (timeoutMs?: number): Promise<Answer | undefined> => {
@@ -136,7 +134,13 @@ export function startEngine(on?: string): Engine {
       listening = hear().catch(() => undefined);
       return { here, warnings };
     },
-    event: () => event,
+    listen(told) {
+      happened = told;
+      void ended.then(() => told(undefined));
+    },
+    released() {
+      stdin.write(`${JSON.stringify({ verb: 'released' })}\n`);
+    },
     settle(vm) {
       const message: SettleMessage = { version: syncVersion('follow'), verb: 'settle', vm };
       return warningsOf(message);

@@ -14,7 +14,7 @@ import { FIXED_PATHS, pathsFrom } from '../host/paths.ts';
 import { bootId, ownIdentity } from '../host/process.ts';
 import { createHost, repeatAnnouncements, requireRights } from '../host/this-host.ts';
 import type { ActionRequest } from '../ops/actions.ts';
-import { check, commit, finish, follow, mark, prepare, release, settle, start, undo } from '../ops/actions.ts';
+import { check, commit, finish, follow, mark, outcome, prepare, release, settle, start, undo } from '../ops/actions.ts';
 import type { Host } from '../ops/host.ts';
 import type { Departure } from '../ops/migrate.ts';
 import { depart, departed, letGo, stay } from '../ops/migrate.ts';
@@ -38,6 +38,7 @@ const BEGIN: Readonly<Record<Mode, (host: Host, request: ActionRequest) => Promi
   follow,
   check,
   release,
+  outcome,
   depart,
 };
 
@@ -99,8 +100,8 @@ async function serve(): Promise<number> {
 
 async function conclude(host: Host, mode: Mode, request: ActionRequest, verdict: Verdict): Promise<SyncResult> {
   const { owner, action, holder, wish } = request;
-  if (verdict === 'release') {
-    throw new KvmIbError('bad-input', 'Cannot read the request', { why: `"release" is no verdict on ${mode}` });
+  if (verdict === 'release' || verdict === 'released') {
+    throw new KvmIbError('bad-input', 'Cannot read the request', { why: `"${verdict}" is no verdict on ${mode}` });
   }
   if (mode === 'depart') {
     return verdict === 'commit' ? departed(host, request) : stay(host, owner, holder, action);

@@ -9,7 +9,8 @@
  *
  * So neither argv nor the version is asked, but the kernel: whose pipe is it, and does the parent read commands from it?
  */
-import { fstatSync, readFileSync, readSync, statSync } from 'node:fs';
+import { closeSync, constants, fstatSync, openSync, readFileSync, readSync, statSync } from 'node:fs';
+import { join } from 'node:path';
 import { isatty } from 'node:tty';
 import { KvmIbError } from '../core/errors.ts';
 import { millisecondsFrom } from '../host/paths.ts';
@@ -107,4 +108,19 @@ export async function readStdin(action: string, { mayBeEmpty = false }: ReadOpti
   }
   if (size === 0 && !mayBeEmpty) throw broken('it is empty');
   return Buffer.concat(chunks);
+}
+
+/** VERSION of OpenNebula at the root of the remotes; null when there is none, as before 4.4. */
+export function readRemotesVersion(remotes: string): string | null {
+  try {
+    const fd = openSync(join(remotes, 'VERSION'), constants.O_RDONLY | constants.O_NONBLOCK);
+    try {
+      const bytes = Buffer.alloc(64);
+      return bytes.toString('latin1', 0, readSync(fd, bytes, 0, bytes.length, 0));
+    } finally {
+      closeSync(fd);
+    }
+  } catch {
+    return null;
+  }
 }

@@ -4,6 +4,7 @@
  */
 import { spawn } from 'node:child_process';
 import { domainName } from '../core/mapping.ts';
+import { watchDomain } from '../host/arrivals.ts';
 import { millisecondsFrom } from '../host/paths.ts';
 import { ownIdentity } from '../host/process.ts';
 import { logText } from '../opennebula/contract.ts';
@@ -84,15 +85,24 @@ async function moving(
     abortJob(arrival.vm);
   };
   const deadline = setTimeout(() => abort(`it did not end within ${DEADLINE_MS} ms`), DEADLINE_MS);
-  const letGo = there.event().then(async (event) => {
-    if (event?.event === 'arrived') {
-      noteOf(destination, event.warnings);
-      await settle(() => here.verdict('release'));
-    } else if (event?.event === 'failed') {
+  let releasing: Promise<void> | undefined;
+  const release = (): void => {
+    if (isOver) return;
+    releasing ??= settle(() => here.verdict('release')).then(() => there.released());
+  };
+  // It stops here a moment before it runs there: what it has goes in between. Without this event it goes when it runs there.
+  const stopWatching = watchDomain(arrival.vm, 'Suspended Migrated', release);
+  let isThere = false;
+  there.listen((event) => {
+    if (event === undefined) {
+      // Nobody waits there any more, so the guest would come to a host where it has no address.
+      if (!isThere) abort(`the kvm-ib engine of ${destination} ended`);
+    } else if (event.event === 'failed') {
       complain(errorOf(event.error, destination), 'It is tried again at the end');
     } else {
-      // Nobody waits there any more, so the guest would come to a host where it has no address.
-      abort(`the kvm-ib engine of ${destination} ended`);
+      isThere = true;
+      if (event.event === 'arrived') noteOf(destination, event.warnings);
+      release();
     }
   });
   let ending: Ending;
@@ -103,24 +113,25 @@ async function moving(
     throw cause;
   } finally {
     isOver = true;
+    stopWatching();
     clearTimeout(deadline);
     clearInterval(aborting);
   }
   const isDone = succeeded(ending);
-  let isThere = true;
+  let isHeard = true;
   try {
     noteOf(destination, await there.verdict(isDone ? 'commit' : 'undo'));
   } catch (cause) {
-    isThere = false;
+    isHeard = false;
     complain(
       cause,
-      isDone ? 'It is asked again' : 'What it holds it gives back by itself, when it sees that no domain came',
+      isDone ? 'It is asked again' : 'It gives back by itself what it holds, when it sees that no domain came',
     );
   }
   await there.close();
-  await letGo;
+  await releasing;
   await settle(() => here.verdict(isDone ? 'commit' : 'undo'));
-  if (isDone && !isThere) await settle(() => arriveLate(destination, arrival));
+  if (isDone && !isHeard) await settle(() => arriveLate(destination, arrival));
   return ending;
 }
 

@@ -4,7 +4,7 @@
  *
  * usage: parser.mjs ACTION STOCK_SCRIPT [ARG...]
  */
-import { closeSync, constants, fstatSync, openSync, readFileSync, readSync } from 'node:fs';
+import { closeSync, constants, existsSync, fstatSync, openSync, readFileSync } from 'node:fs';
 import { dirname, join } from 'node:path';
 import { KvmIbError, toKvmIbError } from '../core/errors.ts';
 import type { Config, Mapping } from '../core/mapping.ts';
@@ -17,27 +17,28 @@ import { createStore } from '../host/store.ts';
 import type { Domain } from '../libvirt/domain.ts';
 import { interfacesOnBridge, parseDomain, spliceMtu } from '../libvirt/domain.ts';
 import type { Vm } from '../opennebula/action-data.ts';
-import { HOTPLUG_NIC_POWEROFF, mayTouchBridges, parseActionData, parseVm } from '../opennebula/action-data.ts';
-import type { ActionWish, Held } from '../opennebula/action-wish.ts';
+import { HOTPLUG_NIC_POWEROFF, parseActionData, parseVm } from '../opennebula/action-data.ts';
+import type { ActionWish } from '../opennebula/action-wish.ts';
 import { wishOfAction } from '../opennebula/action-wish.ts';
 import type { CallSigns } from '../opennebula/caller.ts';
 import { isBeforeVmXml, wantsErrorBlock } from '../opennebula/caller.ts';
 import type { KnownAction, OwnCall } from '../opennebula/contract.ts';
 import { failureMessage, failureText, parseActionCall } from '../opennebula/contract.ts';
+import { DRIVER } from '../opennebula/registration.ts';
 import { correctedAddresses, wishOfDomainXml, wishWithoutData } from '../opennebula/without-data.ts';
 import type { Store } from '../ops/host.ts';
-import type { Engine, WishMessage } from './engine-client.ts';
+import type { Engine } from './engine-client.ts';
 import { NO_WISH, startEngine } from './engine-client.ts';
 import type { ReadOptions } from './input.ts';
-import { readActionData, readStdin, STDIN_LIMIT } from './input.ts';
+import { readActionData, readRemotesVersion, readStdin, STDIN_LIMIT } from './input.ts';
 import { complain, note, say, settle } from './log.ts';
 import { migrateTo, underVerdict } from './migration.ts';
 import type { Ending } from './stock.ts';
 import { endLike, runStock, succeeded } from './stock.ts';
+import { heldBy, isForeign, messageOf, NOTHING_HELD, touches } from './vm-request.ts';
 
 /** Actions that give a VM no new mapping, but for an alias of a NIC that holds one. */
 const TAKING: readonly KnownAction[] = ['detach_nic', 'prereconfigure', 'reconfigure', 'snapshot_revert'];
-const NOTHING_HELD: Held = { mappings: [], detachedAliases: [] };
 
 interface Context {
   readonly config: Config;
@@ -47,7 +48,7 @@ interface Context {
 }
 
 const [action = '', script = '', ...args] = process.argv.slice(2);
-let signs: CallSigns = { remotesVersion: readRemotesVersion() };
+let signs: CallSigns = { remotesVersion: readRemotesVersion(join(dirname(script), '../..')) };
 try {
   endLike(await run());
 } catch (cause) {
@@ -306,29 +307,16 @@ async function concernedWish(context: Context, call: OwnCall): Promise<ActionWis
 
 function readWish({ config, store }: Context, call: OwnCall, vm: Vm): ActionWish {
   const held = heldBy(store, vm.id);
-  const wish = wishOfAction(config, vm, call.action, held ?? NOTHING_HELD);
+  const wish = wishOfAction(config, vm, call.action, held ?? NOTHING_HELD, { hasNetworkDriver });
   // prereconfigure only looks whether it can be; reconfigure comes behind it.
   if (isBeforeVmXml(signs) && call.action !== 'prereconfigure') note(correctedAddresses(held, wish));
   return wish;
 }
 
-/** What the VM has on this host; undefined: nothing. The engine reads the file anew, under its lock, and decides. */
-function heldBy(store: Store, vm: number): Held | undefined {
-  try {
-    return store.read({ kind: 'vm', vm });
-  } catch (cause) {
-    // One that is there and is no state file: the engine says what is wrong with it.
-    return toKvmIbError(cause).code === 'not-permitted' ? undefined : NOTHING_HELD;
-  }
-}
-
-function messageOf(wish: ActionWish): WishMessage {
-  const { sources, unmapped, keep, attaching, detachedAliases } = wish;
-  const nics = sources.map(({ mapping: m, source }) => {
-    if (m.mac === null || m.nic === null) throw new TypeError('a VM has mappings with NIC and MAC only');
-    return { nic: m.nic, guest: m.guest, address: source === 'range' ? null : m.address, mac: m.mac, bridge: m.bridge };
-  });
-  return { nics, unmapped, keep, attaching, detachedAliases };
+/** Whether OpenNebula calls our network driver for NICs of this VN_MAD: it is that driver, or hangs in its folders of hooks. */
+function hasNetworkDriver(vnMad: string): boolean {
+  if (!/^[A-Za-z0-9_-][A-Za-z0-9_.-]*$/.test(vnMad)) return false;
+  return existsSync(join(dirname(script), '../../vnm', vnMad, vnMad === DRIVER ? 'post' : `post.d/${DRIVER}`));
 }
 
 /** The VM of an action on one that is there; undefined when it has nothing to do with kvm-ib, or no domain to follow. */
@@ -369,23 +357,6 @@ function refuseIfMapped(context: Context, call: OwnCall): Promise<Ending> {
     why: 'it has a NIC on a bridge of kvm-ib, and its addresses can only be moved from the host that it runs on',
     fix: 'take `-l migrate=migrate_local` out of ARGUMENTS of VM_MAD in /etc/one/oned.conf, then restart oned',
   });
-}
-
-/**
- * A whole document in which none of our bridges can stand: not ours to judge, so it costs no parse and cannot fail on
- * one. What is cut off, or is another kind of document, is looked at.
- */
-function isForeign(config: Config, text: string, root: string): boolean {
-  const bridges = config.networks.map((network) => network.bridge);
-  return (
-    new RegExp(`^\\s*(?:<\\?xml[^>]*\\?>\\s*)?<${root}[\\s>]`).test(text.slice(0, 1000)) &&
-    text.slice(-1000).trimEnd().endsWith(`</${root}>`) &&
-    !mayTouchBridges(text, bridges)
-  );
-}
-
-function touches(config: Config, vm: Vm): boolean {
-  return config.networks.some((network) => [...vm.nics, ...vm.skipped].some((nic) => nic.bridge === network.bridge));
 }
 
 function requireVm(vm: Vm, vmId: number): void {
@@ -465,20 +436,5 @@ function readVmXml(path: string): string | undefined {
     return readFileSync(fd, 'latin1');
   } finally {
     closeSync(fd);
-  }
-}
-
-/** VERSION of OpenNebula at the root of the remotes; null when there is none, as before 4.4. */
-function readRemotesVersion(): string | null {
-  try {
-    const fd = openSync(join(dirname(script), '../../VERSION'), constants.O_RDONLY | constants.O_NONBLOCK);
-    try {
-      const bytes = Buffer.alloc(64);
-      return bytes.toString('latin1', 0, readSync(fd, bytes, 0, bytes.length, 0));
-    } finally {
-      closeSync(fd);
-    }
-  } catch {
-    return null;
   }
 }

@@ -14,8 +14,10 @@
  *   source      <- {"version":3,"verb":"sync","mode":"depart",…}            -> {"version":3,"ok":true,"departure":{…},…}
  *   destination <- {"version":3,"verb":"arrive","when":"resume",…}          -> {"version":3,"ok":true,…}
  *                        … the stock script runs …
- *   destination -> {"version":3,"event":"arrived",…}                        the guest runs there, and its mappings are in the kernel
- *   source      <- {"verb":"release"}                                       -> {"version":3,"ok":true,…}
+ *   source      <- {"verb":"release"}                                       -> {"version":3,"ok":true,…}   it has stopped here
+ *   destination <- {"verb":"released"}
+ *   destination -> {"version":3,"event":"resumed"}                          it runs there: `release` and `released`, if they were not yet
+ *   destination -> {"version":3,"event":"arrived",…}                        its mappings are in the kernel
  *   both        <- {"verb":"commit"} or {"verb":"undo"}                     -> {"version":3,"ok":true,…}
  *
  * The request is all that crosses from hostile input to privilege, so it is small and fixed. It names guests and may name
@@ -52,7 +54,7 @@ export interface NicMessage {
   readonly bridge: LinkName;
 }
 
-export const MODES = ['start', 'restart', 'plug', 'unplug', 'follow', 'check', 'release', 'depart'] as const;
+export const MODES = ['start', 'restart', 'plug', 'unplug', 'follow', 'check', 'release', 'depart', 'outcome'] as const;
 
 /**
  * What is asked for, by the state of the domain and the place of the stock script. The first four and `depart` get a verdict.
@@ -65,6 +67,7 @@ export const MODES = ['start', 'restart', 'plug', 'unplug', 'follow', 'check', '
  * - `check`: whether `follow` would succeed; changes nothing.
  * - `release`: after the script ended the domain.
  * - `depart`: before the script moves the domain to another host: the kernel is touched after `release` or `commit` only.
+ * - `outcome`: after a step that may have started, changed or ended the domain: what it has now, nothing where there is none.
  */
 export type Mode = (typeof MODES)[number];
 
@@ -75,7 +78,7 @@ export function awaitsVerdict(mode: Mode): boolean {
 
 /** The version that a request of this mode names. */
 export function syncVersion(mode: Mode): number {
-  return mode === 'depart' ? PROTOCOL_VERSION : SYNC_VERSION;
+  return mode === 'depart' || mode === 'outcome' ? PROTOCOL_VERSION : SYNC_VERSION;
 }
 
 export interface SyncMessage {
@@ -126,14 +129,17 @@ export interface ArriveMessage {
   readonly when: 'now' | 'resume';
   readonly nics: readonly ArrivingNic[];
   readonly unmapped: readonly number[];
-  /** Null: nobody still has its addresses. */
+  /** Null: with `now` nobody still has its addresses, with `resume` nobody says whether it comes from another host. */
   readonly source: Source | null;
 }
 
 export type Message = SyncMessage | SettleMessage | ArriveMessage;
 
-/** `release` only of `depart`, before the other two: the guest runs on the destination. */
-export type Verdict = 'commit' | 'undo' | 'release';
+/**
+ * Two come before the others, in a migration: `release`, to `depart`, when the guest has stopped on the source or runs on the
+ * destination; and `released`, to `arrive`, when the source has let go. The latter is not answered.
+ */
+export type Verdict = 'commit' | 'undo' | 'release' | 'released';
 
 const integer = (min: number, max = Number.MAX_SAFE_INTEGER) =>
   v.pipe(v.number(), v.integer(), v.minValue(min), v.maxValue(max));
@@ -200,7 +206,7 @@ const arriveSchema: v.GenericSchema<unknown, ArriveMessage> = v.strictObject({
   source: v.nullable(sourceSchema),
 });
 
-const verdictSchema = v.strictObject({ verb: v.picklist(['commit', 'undo', 'release']) });
+const verdictSchema = v.strictObject({ verb: v.picklist(['commit', 'undo', 'release', 'released']) });
 
 export type Answer =
   | {
@@ -221,8 +227,9 @@ export interface DepartureMessage {
   readonly links: readonly SourceLink[];
 }
 
-/** Said once between two answers of `arrive`: the guest runs there now, or could not be given its addresses when it did. */
+/** Said between two answers of `arrive`: the guest runs there; it has its addresses there, or could not be given them. */
 export type ArrivalEvent =
+  | { readonly version: number; readonly event: 'resumed' }
   | { readonly version: number; readonly event: 'arrived'; readonly warnings: readonly string[] }
   | { readonly version: number; readonly event: 'failed'; readonly error: ErrorReport };
 
@@ -290,6 +297,7 @@ const answerSchema = v.variant('ok', [
   v.object({ version: v.number(), ok: v.literal(false), error: errorSchema }),
 ]);
 const eventSchema = v.variant('event', [
+  v.object({ version: v.number(), event: v.literal('resumed') }),
   v.object({ version: v.number(), event: v.literal('arrived'), warnings: v.array(v.string()) }),
   v.object({ version: v.number(), event: v.literal('failed'), error: errorSchema }),
 ]);

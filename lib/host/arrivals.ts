@@ -17,7 +17,7 @@ const LINE_LIMIT = 4096;
 /** Between two looks for the tap, which comes when libvirt prepares the domain; the guest comes a second later, or hours. */
 const TAP_MS = 50;
 /** Between two looks at the socket: half of it is what a cut-over waits on average. */
-const FRAME_MS = 4;
+const FRAME_MS = 2;
 const SOL_PACKET = 263;
 /** Linux 4.20: what the host sends by the tap is not heard. */
 const PACKET_IGNORE_OUTGOING = 23;
@@ -48,7 +48,7 @@ export function watchArrival(links: Pick<Links, 'link'>, vm: number, taps: reado
       close();
       resolve(how);
     };
-    stops.push(watchEvents(vm, () => tell('event')));
+    stops.push(watchDomain(vm, 'Resumed', () => tell('event')));
     for (const tap of taps) {
       void watchTap(
         links,
@@ -64,7 +64,11 @@ export function watchArrival(links: Pick<Links, 'link'>, vm: number, taps: reado
   return { arrived, hasTap: () => tapSeen, close };
 }
 
-function watchEvents(vm: number, tell: () => void): () => void {
+/**
+ * Tells of libvirt's lifecycle events of a domain that begin like this, such as `Suspended Migrated`.
+ * @returns ends it
+ */
+export function watchDomain(vm: number, event: string, tell: () => void): () => void {
   const child = spawn(VIRSH, EVENTS, {
     stdio: ['ignore', 'pipe', 'ignore'],
     env: { PATH: '/usr/sbin:/usr/bin:/sbin:/bin', LC_ALL: 'C' },
@@ -72,7 +76,7 @@ function watchEvents(vm: number, tell: () => void): () => void {
   });
   // Without virsh the frames count.
   child.on('error', () => child.stdout.destroy());
-  const wanted = new RegExp(`for domain '?${domainName(vm)}'?(?: \\([^)]*\\))?: Resumed`);
+  const wanted = new RegExp(`for domain '?${domainName(vm)}'?(?: \\([^)]*\\))?: ${event}`);
   void (async () => {
     const lines = createLineReader(child.stdout, LINE_LIMIT);
     for (let line = await lines.next(); line !== undefined; line = await lines.next()) if (wanted.test(line)) tell();

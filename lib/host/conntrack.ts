@@ -31,9 +31,10 @@ const KERNEL: ConntrackAccess = { open: () => openNetlink(NETLINK_NETFILTER), en
 
 export function createConntrack(access: ConntrackAccess = KERNEL): HostConntrack {
   let socket: NetlinkSocket | undefined;
-  return {
-    flush: async (requests) => {
-      if (requests.length === 0) return 0;
+  const conntrack: HostConntrack = {
+    flush: async (requests) => conntrack.remove(await conntrack.find(requests)),
+    find: async (requests) => {
+      if (requests.length === 0) return [];
       socket ??= await access.open();
       const open = socket;
       const selection = selectionOf(requests);
@@ -45,8 +46,13 @@ export function createConntrack(access: ConntrackAccess = KERNEL): HostConntrack
           if (selection.includes(flow)) found.set(`${flow.wire.id} ${flow.wire.zone} ${flow.wire.original}`, flow);
         }
       }
+      return [...found.values()];
+    },
+    remove: async (flows) => {
+      if (flows.length === 0) return 0;
+      socket ??= await access.open();
       let deleted = 0;
-      for (const flow of found.values()) if (remove(open, flow)) deleted += 1;
+      for (const flow of flows) if (remove(socket, flow)) deleted += 1;
       return deleted;
     },
     close: () => {
@@ -54,6 +60,7 @@ export function createConntrack(access: ConntrackAccess = KERNEL): HostConntrack
       socket = undefined;
     },
   };
+  return conntrack;
 }
 
 /**

@@ -55,6 +55,13 @@ export function createDomains(exec: Exec): Domains {
     // switch-over on.
     isMoving: async (vm) =>
       /^paused \((?:migrating|starting up)\)$/m.test((await ask('domstate', '--reason', domainName(vm))) ?? ''),
+    async cameBy(vm) {
+      const said = (await ask('domstate', '--reason', domainName(vm)))?.trim() ?? '';
+      if (said === 'running (booted)') return 'boot';
+      return /^(?:paused \(migrating\)|running \(migrated\)|(?:running|paused) \(post-copy\))$/.test(said)
+        ? 'migration'
+        : 'other';
+    },
     interfaces,
   };
 }

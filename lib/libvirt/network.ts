@@ -3,7 +3,7 @@
  * firewall rules for the bridge; an isolated or NAT network gets REJECT rules that cut the guests off from the IPoIB link.
  */
 import type { Ipv4 } from '../core/address.ts';
-import { ipv4FromNumber, ipv4ToNumber, printRange } from '../core/address.ts';
+import { ipv4Bytes, ipv4FromNumber, ipv4ToNumber, printRange } from '../core/address.ts';
 import { KvmIbError } from '../core/errors.ts';
 import type { Network } from '../core/mapping.ts';
 import { childrenNamed, escapeXml, parseXml } from '../core/xml.ts';
@@ -67,12 +67,22 @@ export function networkXml(network: Network, options: NetworkXmlOptions): string
     `  <name>${escapeXml(name)}</name>`,
     "  <forward mode='open'/>",
     `  <bridge name='${escapeXml(network.bridge)}' stp='off' delay='0'/>`,
+    `  <mac address='${hardwareAddress(bridgeAddress)}'/>`,
     `  <mtu size='${mtu}'/>`,
     "  <dns enable='no'/>",
     `  <ip address='${bridgeAddress}' netmask='${ipv4FromNumber(2 ** 32 - 2 ** (32 - length))}'/>`,
     '</network>',
     '',
   ].join('\n');
+}
+
+/**
+ * The same on every host with that address: a guest that moves from one to the other knows it then. libvirt would make one up
+ * for each. 52:54:00 is what libvirt and QEMU begin with.
+ */
+function hardwareAddress(bridgeAddress: Ipv4): string {
+  const bytes = ipv4Bytes(bridgeAddress).slice(1);
+  return `52:54:00:${[...bytes].map((byte) => byte.toString(16).padStart(2, '0')).join(':')}`;
 }
 
 /** A network that libvirt has. */

@@ -1,5 +1,6 @@
 /** What kvm-ib asks of the kernel about links, addresses, connection tracking and announcements. `host` implements it. */
 import type { Ipv4, LinkName } from '../core/address.ts';
+import type { Flow } from './ctnetlink.ts';
 
 /** ARPHRD_* values that matter here (linux/if_arp.h). */
 export const ARPHRD = { ether: 1, infiniband: 32 } as const;
@@ -95,6 +96,10 @@ export type FlushRequest =
 export interface Conntrack {
   /** Deletes the entries that any of the requests names. @returns how many were deleted */
   flush(requests: readonly FlushRequest[]): Promise<number>;
+  /** Those entries, to be deleted later without a walk through the table, which takes 11 ms or more. */
+  find(requests: readonly FlushRequest[]): Promise<readonly Flow[]>;
+  /** Deletes entries that were found. @returns how many were there still */
+  remove(flows: readonly Flow[]): Promise<number>;
 }
 
 export interface LinkAddress {

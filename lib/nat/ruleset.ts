@@ -80,6 +80,10 @@ const IIFNAME: Expression = { meta: { key: 'iifname' } };
 const OIFNAME: Expression = { meta: { key: 'oifname' } };
 const SADDR: Expression = { payload: { protocol: 'ip', field: 'saddr' } };
 const DADDR: Expression = { payload: { protocol: 'ip', field: 'daddr' } };
+/** The link that the routing table sends the packet to. */
+const WAY_OUT: Expression = { fib: { result: 'oifname', flags: ['daddr'] } };
+/** Multicast, broadcast and what is reserved. */
+const NO_UNICAST: Expression = { prefix: { addr: '224.0.0.0', len: 3 } };
 const ORIGINAL_DADDR: Expression = { ct: { key: 'ip daddr', dir: 'original' } };
 
 const ACCEPT: Statement = { accept: null };
@@ -208,6 +212,15 @@ function build(spec: TableSpec): RuleSet {
         }
         rule(`between_guests_${name}`, 'networks do not mix', ...WAS_SENT_TO_IB, ...DROP);
       }
+      // A guest that has just come from another host sends so, until it knows this bridge. Let pass, the frame would be tracked
+      // without translation, and its connection would go on like that.
+      rule(
+        `between_guests_${name}`,
+        'flooded: the way to its destination is not by this bridge',
+        isNot(DADDR, NO_UNICAST),
+        isNot(WAY_OUT, network.bridge),
+        ...DROP,
+      );
     }
 
     chain(`to_host_${name}`);

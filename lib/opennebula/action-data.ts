@@ -39,6 +39,8 @@ export interface NicAlias {
   /** EXTERNAL=YES: the address is not configured inside the guest; something outside maps it. */
   readonly external: boolean;
   readonly attach: boolean;
+  /** Name of the network driver that is called for it; null before 5.0. */
+  readonly vnMad: string | null;
 }
 
 /** A network device of the VM that kvm-ib cannot serve, and why. */
@@ -56,6 +58,8 @@ export interface Vm {
   readonly name: string | null;
   /** Host of the newest history record. In a migration that is the destination already. */
   readonly hostname: string | null;
+  /** System datastore of the same record. */
+  readonly datastore: number | null;
   readonly lcmState: number | null;
   readonly nics: readonly Nic[];
   readonly aliases: readonly NicAlias[];
@@ -115,7 +119,8 @@ export function mayTouchBridges(text: string, bridges: readonly string[]): boole
   return bridges.some((bridge) => text.includes(bridge)) || HIDDEN_TEXT.test(text);
 }
 
-function readVm(vm: XmlElement, what: string): Vm {
+/** @throws KvmIbError `bad-input` as `parseActionData` does. */
+export function readVm(vm: XmlElement, what: string): Vm {
   const id = numberField(vm, 'ID', what);
   if (id === null || id >= VM_ID_LIMIT) {
     throw unreadable(what, id === null ? 'the VM has no ID' : `the VM ID ${id} is not below ${VM_ID_LIMIT}`);
@@ -137,6 +142,7 @@ function readVm(vm: XmlElement, what: string): Vm {
     deployId: field(vm, 'DEPLOY_ID', what),
     name: field(vm, 'NAME', what),
     hostname: newest === undefined ? null : field(newest, 'HOSTNAME', what),
+    datastore: newest === undefined ? null : numberField(newest, 'DS_ID', what),
     lcmState: numberField(vm, 'LCM_STATE', what),
     nics,
     aliases,
@@ -176,6 +182,7 @@ function readAlias(alias: XmlElement, what: string): NicAlias {
     ip: field(alias, 'IP', what),
     external: isYes(field(alias, 'EXTERNAL', what)),
     attach: isYes(field(alias, 'ATTACH', what)),
+    vnMad: field(alias, 'VN_MAD', what),
   };
 }
 

@@ -38,6 +38,22 @@ export interface ActionWish extends Wish {
 /** Actions before which the VM has no domain here, or a domain that wakes up: all or nothing. */
 const STARTING: readonly KnownAction[] = ['deploy', 'restore'];
 
+/** What an action does with NICs and aliases, as far as it can be told from the VM. */
+export interface Marks extends Pick<WishOptions, 'addressFromMac'> {
+  /** NIC_IDs of NICs and aliases that do not count. */
+  readonly without: ReadonlySet<number>;
+  readonly attaching: readonly number[];
+  readonly attachedAliases: readonly number[];
+  readonly detachedAliases: readonly number[];
+  /** Whether a NIC that cannot be mapped is an error; else it keeps what it has, with a note. */
+  readonly mustBeMapped: (nic: number) => boolean;
+}
+
+export interface WishOfActionOptions extends Pick<WishOptions, 'addressFromMac'> {
+  /** Whether our network driver is called for NICs of this VN_MAD, before the VMM driver. */
+  readonly hasNetworkDriver?: (vnMad: string) => boolean;
+}
+
 /**
  * @throws KvmIbError as `wishedMappings`, for the NIC that the action attaches and for a VM that is started; `conflict` for an
  *   alias that cannot come into effect
@@ -47,8 +63,9 @@ export function wishOfAction(
   vm: Vm,
   action: KnownAction,
   held: Held,
-  options: Pick<WishOptions, 'addressFromMac'> = {},
+  options: WishOfActionOptions = {},
 ): ActionWish {
+  const { hasNetworkDriver = () => false, addressFromMac = false } = options;
   const without = new Set<number>();
   const attaching: number[] = [];
   for (const { nic } of vm.nics.filter((one) => one.attach)) {
@@ -59,25 +76,34 @@ export function wishOfAction(
   const attachedAliases: number[] = [];
   const detachedAliases: number[] = [];
   for (const alias of vm.aliases.filter((one) => one.attach)) {
-    if (action === 'detach_nic' || isLeaving(vm, alias, held)) detachedAliases.push(alias.nic);
+    if (action === 'detach_nic' || isLeaving(vm, alias, held, hasNetworkDriver)) detachedAliases.push(alias.nic);
     else attachedAliases.push(alias.nic);
     if (action === 'attach_nic' || detachedAliases.includes(alias.nic)) without.add(alias.nic);
   }
+  const mustBeMapped = (nic: number): boolean => STARTING.includes(action) || attaching.includes(nic);
+  const marks = { without, attaching, attachedAliases, detachedAliases, mustBeMapped, addressFromMac };
+  const wish = wishUnder(config, vm, held, marks);
+  if (action === 'prereconfigure') refuseIdleAlias(config, vm, attachedAliases, wish.mappings);
+  return wish;
+}
+
+/** @throws KvmIbError as `wishedMappings`, for NICs that must be mapped */
+export function wishUnder(config: Config, vm: Vm, held: Held, marks: Marks): ActionWish {
+  const { without, attaching, attachedAliases, detachedAliases, mustBeMapped, addressFromMac = false } = marks;
   // A NIC whose bridge is in the configuration no more: its network is served until the VM ends.
   const isUnknown = ({ nic, bridge }: Nic) =>
     networkOfBridge(config, bridge) === undefined && held.mappings.some((m) => m.nic === nic && m.bridge === bridge);
   const keep = vm.nics.filter((nic) => !without.has(nic.nic) && isUnknown(nic)).map(({ nic }) => nic);
   const faults: string[] = [];
   const wish = wishedMappings(config, vm, {
-    ...options,
+    addressFromMac,
     without,
     onFault: ({ nic }, error) => {
-      if (STARTING.includes(action) || attaching.includes(nic)) throw error;
+      if (mustBeMapped(nic)) throw error;
       if (held.mappings.some((m) => m.nic === nic)) keep.push(nic);
       faults.push(faultNote(error));
     },
   });
-  if (action === 'prereconfigure') refuseIdleAlias(config, vm, attachedAliases, wish.mappings);
   return { ...wish, notes: [...wish.notes, ...faults], keep, attaching, attachedAliases, detachedAliases };
 }
 
@@ -85,7 +111,12 @@ export function wishOfAction(
  * An alias in the IB range that would not come into effect, because its NIC has another: the user would see an address that
  * leads nowhere. One that is attached before the VM starts is left aside with a note; here there is somebody to tell.
  */
-function refuseIdleAlias(config: Config, vm: Vm, attached: readonly number[], mappings: readonly Mapping[]): void {
+export function refuseIdleAlias(
+  config: Config,
+  vm: Vm,
+  attached: readonly number[],
+  mappings: readonly Mapping[],
+): void {
   for (const alias of vm.aliases.filter((one) => one.external && attached.includes(one.nic))) {
     const parent = mappings.find((m) => m.nic === alias.parentId);
     const network = config.networks.find((one) => one.device === parent?.device && one.bridge === parent.bridge);
@@ -99,11 +130,13 @@ function refuseIdleAlias(config: Config, vm: Vm, attached: readonly number[], ma
   }
 }
 
-function isLeaving(vm: Vm, alias: NicAlias, held: Held): boolean {
+function isLeaving(vm: Vm, alias: NicAlias, held: Held, hasNetworkDriver: (vnMad: string) => boolean): boolean {
   const prefix = `ETH${alias.parentId}_ALIAS${alias.aliasId}_`;
   const names = [...vm.contextNames].filter((name) => name.startsWith(prefix));
   if (names.length > 0 && !names.includes(`${prefix}DETACH`)) return false;
   if (held.detachedAliases.includes(alias.nic)) return true;
+  // Our network driver comes first: its `clean` has noted one that goes, its `post` has brought one that comes into effect.
+  if (alias.vnMad !== null && hasNetworkDriver(alias.vnMad)) return false;
   return held.mappings.some((m) => m.nic === alias.parentId && m.address === alias.ip);
 }
 

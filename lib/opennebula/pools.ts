@@ -63,6 +63,8 @@ export interface OneNetwork {
   readonly driver: string | null;
   /** CONF: options of that driver. */
   readonly conf: string | null;
+  /** Addresses that VMs have of it, where it is a virtual network. */
+  readonly usedLeases?: number;
 }
 
 /** @throws KvmIbError `bad-input` as `parseHostPool` */
@@ -76,6 +78,7 @@ export function parseNetworkPool(text: string): readonly OneNetwork[] {
       bridge: textOf(network, 'BRIDGE') ?? textOf(template, 'BRIDGE'),
       driver: textOf(network, 'VN_MAD') ?? textOf(template, 'VN_MAD'),
       conf: textOf(template, 'CONF'),
+      usedLeases: Number(/^[0-9]{1,9}$/.exec(textOf(network, 'USED_LEASES') ?? '')?.[0] ?? 0),
     };
   });
 }

@@ -155,14 +155,45 @@ export interface NetworkTemplateOptions {
   readonly mtu: number;
 }
 
+/** For the end of `oned.conf`, since 5.8. */
+export function vnMadSection(): string {
+  return ['VN_MAD_CONF = [', `    NAME        = "${DRIVER}",`, '    BRIDGE_TYPE = "linux"', ']', ''].join('\n');
+}
+
+/** Whether `oned.conf` has that section. */
+export function isNetworkDriverRegistered(onedConf: string | null): boolean {
+  const text = (onedConf ?? '').slice(0, 1024 * 1024).replace(/^[ \t]*#.*$/gm, '');
+  const sections = text.match(/^[ \t]*VN_MAD_CONF[ \t]*=[ \t]*\[[^\]]*\]/gim) ?? [];
+  return sections.some((section) => new RegExp(`[\\[,\\s]NAME\\s*=\\s*"${DRIVER}"`, 'i').test(section));
+}
+
+/** The lines of a guests' network that say which network driver is called for it. */
+function vnMadLines(vnMad: string, bridge: string): readonly string[] {
+  const line = `VN_MAD          = "${vnMad}"`;
+  switch (vnMad) {
+    case DRIVER:
+      return [line];
+    case 'dummy':
+      return [
+        '# Not "bridge": with the last guest of a host that driver deletes the bridge, and with it the network of libvirt.',
+        line,
+      ];
+    default:
+      return [
+        line,
+        `# Else ${vnMad} deletes ${bridge} with the last guest of a host, and with it the network of libvirt.`,
+        'CONF            = "keep_empty_bridge=true"',
+      ];
+  }
+}
+
 /** Virtual network of the guests: for `onevnet create`. */
-export function guestNetworkTemplate(network: Network, options: NetworkTemplateOptions): string {
+export function guestNetworkTemplate(network: Network, options: NetworkTemplateOptions, vnMad = 'dummy'): string {
   const size = 2 ** (32 - options.prefixLength);
   const base = Math.floor(ipv4ToNumber(options.gateway) / size) * size;
   return [
     `NAME            = "${network.name}-guests"`,
-    '# Not "bridge": with the last guest of a host that driver deletes the bridge, and with it the network of libvirt.',
-    'VN_MAD          = "dummy"',
+    ...vnMadLines(vnMad, network.bridge),
     `BRIDGE          = "${network.bridge}"`,
     `NETWORK_ADDRESS = "${ipv4FromNumber(base)}"`,
     `NETWORK_MASK    = "${ipv4FromNumber(2 ** 32 - size)}"`,

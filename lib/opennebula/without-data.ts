@@ -9,6 +9,7 @@ import { KvmIbError, printable } from '../core/errors.ts';
 import type { Config, Mapping, Network } from '../core/mapping.ts';
 import { domainName } from '../core/mapping.ts';
 import type { StateFile } from '../core/state.ts';
+import { CLAIM } from '../core/state.ts';
 import type { Nic, Vm } from './action-data.ts';
 import type { ActionWish, Held } from './action-wish.ts';
 import { wishOfAction } from './action-wish.ts';
@@ -33,9 +34,6 @@ export interface DomainDescription {
   readonly interfaces: readonly DomainNic[];
 }
 
-/** Action of a pending state file that the VNM driver's `pre` leaves: it has seen the whole VM. */
-const NOTE_ACTION = 'pre';
-
 /**
  * What a domain that is to start on this host should have, by its XML alone.
  *
@@ -56,7 +54,7 @@ export function wishOfDomainXml(
     });
   }
   const vm = vmOfInterfaces(vmId, domain.interfaces);
-  if (note?.phase.name === 'pending' && note.phase.action === NOTE_ACTION) {
+  if (note?.phase.name === 'pending' && note.phase.action === CLAIM) {
     return wishOfNote(config, call, vm, note.mappings);
   }
   const wish = wishOfAction(config, vm, action, { mappings: [], detachedAliases: [] }, { addressFromMac: true });
@@ -200,6 +198,7 @@ function bareVm(id: number, nics: readonly Nic[]): Vm {
     deployId: null,
     name: null,
     hostname: null,
+    datastore: null,
     lcmState: null,
     nics,
     aliases: [],

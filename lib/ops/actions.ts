@@ -10,13 +10,24 @@ import { domainName, ownerName, sameMapping } from '../core/mapping.ts';
 import type { ObservedBridge } from '../core/plan.ts';
 import { plan } from '../core/plan.ts';
 import type { DomainState, Holder, StateFile, VmWish } from '../core/state.ts';
-import { mappingsOf, wishOfDomain } from '../core/state.ts';
+import { CLAIM, mappingsOf, wishOfDomain } from '../core/state.ts';
 import { apply } from './apply.ts';
 import type { Host } from './host.ts';
 import { gatewaysOf, introduce } from './introduce.ts';
 import { observeBridge, observeMappings } from './observe.ts';
+import { createProbing } from './probe.ts';
 import type { DomainView, PendingFile, SyncRequest, SyncResult } from './sync.ts';
-import { activeFile, isPending, nothingDone, pendingBy, sync, syncLocked, wishFor, withDomain } from './sync.ts';
+import {
+  activeFile,
+  isPending,
+  nothingDone,
+  pendingBy,
+  probeAhead,
+  sync,
+  syncLocked,
+  wishFor,
+  withDomain,
+} from './sync.ts';
 
 export type VmOwner = Extract<Owner, { kind: 'vm' }>;
 
@@ -102,7 +113,7 @@ export async function commit(
     const own = pendingBy(file, holder);
     if (own !== undefined) {
       // It may have been saved on another host. The lock is not held for it.
-      if (own.phase.action === 'restore') greeted = own.mappings;
+      if (own.phase.action === 'restore' || own.phase.action === CLAIM) greeted = own.mappings;
       const isGone = own.phase.overtaken === true && (await host.domains.state(owner.vm)).kind === 'inactive';
       return isGone ? syncLocked(host, { owner, wish: [], action: 'commit', holder }) : activate(host, own);
     }
@@ -117,8 +128,14 @@ export async function commit(
     const isActive = (await host.domains.state(owner.vm)).kind === 'active';
     return isActive ? syncLocked(host, { owner, wish, action: 'commit', holder }) : nothingDone(owner);
   });
-  if (greeted.length > 0) await introduce(host, greeted, await gatewaysOf(host, greeted));
+  await greet(host, owner, greeted);
   return result;
+}
+
+/** The bridges introduce themselves to a guest that has come with its memory. */
+async function greet(host: Host, { vm }: VmOwner, mappings: readonly Mapping[]): Promise<void> {
+  if (mappings.length === 0 || (await host.domains.cameBy(vm)) === 'boot') return;
+  await introduce(host, mappings, await gatewaysOf(host, mappings));
 }
 
 /** A VM without a mapping, as one whose only NIC has IB_IP=none, has no file; but its taps are ports of our bridges. */
@@ -205,6 +222,38 @@ export function settle(host: Host, owner: VmOwner, holder: Holder): Promise<Sync
     if (domain.kind === 'active' || otherUnderWay(host, file, holder)) return nothingDone(owner);
     return syncLocked(host, { owner, wish: [], action: 'settle', holder });
   });
+}
+
+/**
+ * After a step of which only the domain tells what came of it, as the network driver sees them all: what the domain has, and
+ * nothing where there is none. An action that is under way decides by itself at its end.
+ */
+export async function outcome(host: Host, request: ActionRequest): Promise<SyncResult> {
+  const { owner, action, holder, wish } = request;
+  const probing = createProbing(host);
+  await probeAhead(host, wish.mappings, probing);
+  let greeted: readonly Mapping[] = [];
+  const result = await withDomain(host, owner, holder, `${action} ${ownerName(owner)}`, async (domain, file) => {
+    const other = otherUnderWay(host, file, holder);
+    if (other !== undefined && other.phase.action !== CLAIM) {
+      if (domain.kind === 'inactive') host.store.write({ ...other, phase: { ...other.phase, overtaken: true } });
+      return nothingDone(owner, `${other.phase.action} of ${ownerName(owner)} is under way and decides at its end`);
+    }
+    switch (domain.kind) {
+      case 'unknown':
+        return nothingDone(owner, `libvirt does not answer: ${ownerName(owner)} is left to reconcile`);
+      case 'inactive':
+        return syncLocked(host, { owner, wish: [], action, holder });
+      case 'active': {
+        if (file === undefined && wish.mappings.length === 0) return tendBridges(host, owner);
+        if (isPending(file) && file.phase.action === CLAIM) greeted = file.mappings;
+        const now = (prior: StateFile | undefined) => wishFor(wish.mappings, viewOf(request), domain.macs, prior);
+        return syncLocked(host, { ...plain(request), wish: now }, probing);
+      }
+    }
+  });
+  await greet(host, owner, greeted);
+  return result;
 }
 
 function plain({ owner, action, holder, wish, detachedAliases = [] }: ActionRequest): SyncRequest {

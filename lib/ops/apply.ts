@@ -82,7 +82,7 @@ export async function repeatLater(
 /** Changes that one call carries out: a run of conntrack flushes costs one look at the table, anything else stands alone. */
 type Step = readonly [StepChange, ...StepChange[]];
 type StepChange = Exclude<Change, { kind: 'announce' }>;
-type Flush = Extract<Change, { kind: 'flush-mapping' | 'flush-foreign' }>;
+export type Flush = Extract<Change, { kind: 'flush-mapping' | 'flush-foreign' }>;
 
 function stepsOf(changes: readonly Change[]): readonly Step[] {
   const steps: [StepChange, ...StepChange[]][] = [];
@@ -95,7 +95,7 @@ function stepsOf(changes: readonly Change[]): readonly Step[] {
   return steps;
 }
 
-function isFlush(change: Change): change is Flush {
+export function isFlush(change: Change): change is Flush {
   return change.kind === 'flush-mapping' || change.kind === 'flush-foreign';
 }
 
@@ -129,7 +129,7 @@ async function perform(host: Host, step: Step): Promise<Outcome> {
 }
 
 /** What a guest's flow to the fabric may have been translated to before the mapping: the host's own address, by a masquerade. */
-function flushRequests(host: Host, flushes: readonly Flush[]): readonly FlushRequest[] {
+export function flushRequests(host: Pick<Host, 'store'>, flushes: readonly Flush[]): readonly FlushRequest[] {
   const table = host.store.readTable();
   const staleOn = new Map((table?.networks ?? []).map((n) => [n.device, table?.hostAddresses.get(n.name) ?? []]));
   return flushes.map((flush): FlushRequest => {

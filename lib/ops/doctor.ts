@@ -8,7 +8,7 @@ import type { VmMad } from '../opennebula/oned-conf.ts';
 import { vmMads } from '../opennebula/oned-conf.ts';
 import type { OneHost, OneNetwork } from '../opennebula/pools.ts';
 import type { OneVersion } from '../opennebula/registration.ts';
-import { DRIVER, liveSnapshotsLine, STOCK } from '../opennebula/registration.ts';
+import { DRIVER, isNetworkDriverRegistered, liveSnapshotsLine, STOCK } from '../opennebula/registration.ts';
 import type { Finding } from './check.ts';
 
 export type Where = 'front-end' | 'host';
@@ -50,6 +50,8 @@ export interface Diagnosis {
 export type Fact<T> = T | KvmIbError;
 
 export interface FrontEndDiagnosisFacts {
+  /** Where the network driver is installed: the drivers that call it as their hook, and whether there is no VMM driver of ours. */
+  readonly networkDriver?: { readonly hooksOf: readonly string[]; readonly alone: boolean } | undefined;
   /** /etc/one/oned.conf; null when it may not be read. */
   readonly onedConf: string | null;
   readonly vmmExecrc: string | null;
@@ -145,7 +147,7 @@ function unanswered(name: string, error: KvmIbError): Examined {
   return { name, seen: 'no answer', findings: [part] };
 }
 
-function driverSections({ onedConf }: FrontEndDiagnosisFacts, sections: readonly VmMad[]): Examined {
+function driverSections({ onedConf, networkDriver }: FrontEndDiagnosisFacts, sections: readonly VmMad[]): Examined {
   const name = 'driver';
   if (onedConf === null) return skipped(name, '/etc/one/oned.conf cannot be read; run it as root');
   const ours = sections.filter(({ directory }) => directory === DRIVER);
@@ -153,6 +155,7 @@ function driverSections({ onedConf }: FrontEndDiagnosisFacts, sections: readonly
     const seen = ours.map((section) => `VM_MAD "${printable(section.name, 40)}"`).join(', ');
     return { name, seen: `${seen} of oned.conf`, findings: [] };
   }
+  if (networkDriver !== undefined) return networkDriverSection(onedConf, networkDriver.hooksOf);
   const part: Part = {
     level: 'error',
     code: 'host-lacks',
@@ -163,11 +166,26 @@ function driverSections({ onedConf }: FrontEndDiagnosisFacts, sections: readonly
   return { name, seen: 'none', findings: [part] };
 }
 
-function driverFiles({ driverFiles: fact, program }: FrontEndDiagnosisFacts): Examined {
+function networkDriverSection(onedConf: string, hooksOf: readonly string[]): Examined {
+  const name = 'driver';
+  if (hooksOf.length > 0) return { name, seen: `the network driver, as hook of ${some(hooksOf)}`, findings: [] };
+  const seen = `the network driver, VN_MAD "${DRIVER}"`;
+  if (isNetworkDriverRegistered(onedConf)) return { name, seen, findings: [] };
+  const part: Part = {
+    level: 'warning',
+    code: 'host-lacks',
+    what: `no section VN_MAD_CONF of /etc/one/oned.conf names ${DRIVER}`,
+    why: 'since 5.8 OpenNebula takes no virtual network with a VN_MAD that it does not know',
+    fix: 'kvm-ib install front-end --vnm prints the section',
+  };
+  return { name, seen, findings: [part] };
+}
+
+function driverFiles({ driverFiles: fact, program, networkDriver }: FrontEndDiagnosisFacts): Examined {
   const name = 'driver files';
   if (isProblem(fact)) return skipped(name, fact.why ?? fact.message);
   const { missing, different } = fact;
-  const sync = `kvm-ib install front-end; then runuser -u oneadmin -- onehost sync --force`;
+  const sync = `kvm-ib install front-end${networkDriver?.alone ? ' --vnm' : ''}; then runuser -u oneadmin -- onehost sync --force`;
   const findings: Part[] = [];
   if (missing.length > 0) {
     findings.push({

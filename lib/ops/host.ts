@@ -51,6 +51,8 @@ export interface Domains {
   state(vm: number): Promise<DomainState>;
   /** Whether its domain is active, but has not begun to run here, or has stopped in order to run on another host. */
   isMoving(vm: number): Promise<boolean>;
+  /** How its domain came to run, or be about to run, on this host; `other` where libvirt says something else, or nothing. */
+  cameBy(vm: number): Promise<'boot' | 'migration' | 'other'>;
   /** Hardware addresses of the interfaces of active domains, by VM; without an entry libvirt did not say. */
   interfaces(vms: readonly number[]): Promise<ReadonlyMap<number, ReadonlySet<Mac>>>;
 }

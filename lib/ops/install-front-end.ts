@@ -28,26 +28,29 @@ export const VERSION_FILE = `${REMOTES}/VERSION`;
 export const ONED_CONF = '/etc/one/oned.conf';
 export const VMM_EXECRC = '/etc/one/vmm_exec/vmm_execrc';
 export const FRONT_END_USER = 'oneadmin';
-const DRIVER_DIRECTORY = `${REMOTES}/vmm/${DRIVER}`;
+export const DRIVER_DIRECTORY = `${REMOTES}/vmm/${DRIVER}`;
 const HOOK_DIRECTORY = `${REMOTES}/hooks/${DRIVER}`;
 
 /**
  * @param driverFiles every file below `drivers/` of the package, with its mode: `drivers/vmm/kvm-ib/*` and the probes
  *   `drivers/im/…`, the hook `drivers/hooks/…`; all lie at the same path below the remotes
  * @param givenConfig configuration of the hosts, put beside: later runs and the templates use it; null: none
+ * @param vmm false: without the VMM driver, where the network driver does its work
  */
 export function frontEndItems(
   driverFiles: readonly { readonly path: string; readonly mode: number }[],
   givenConfig: string | null,
+  vmm = true,
 ): readonly Item[] {
   const file = (path: string, mode: number, source: string): Item => {
     return { kind: 'file', path, mode, source: { package: source }, keep: 'ours' };
   };
   const below = driverFiles.flatMap(({ path, mode }) => {
     const place = path.replace(/^drivers\//, '');
-    return /^(?:vmm\/kvm-ib|hooks\/kvm-ib|im)\//.test(place) ? [{ place, path, mode }] : [];
+    const wanted = vmm ? /^(?:vmm\/kvm-ib|hooks\/kvm-ib|im)\// : /^(?:hooks\/kvm-ib|im)\//;
+    return wanted.test(place) ? [{ place, path, mode }] : [];
   });
-  const own = [DRIVER_DIRECTORY, HOOK_DIRECTORY];
+  const own = [...(vmm ? [DRIVER_DIRECTORY] : []), HOOK_DIRECTORY];
   const folders = new Set(
     below.flatMap(({ place }) => parents(place)).filter((folder) => !own.includes(`${REMOTES}/${folder}`)),
   );
@@ -57,7 +60,7 @@ export function frontEndItems(
     }),
     ...own.map((path): Item => ({ kind: 'directory', path, mode: 0o755, own: true })),
     // Before the launchers, which look for it beside them.
-    file(`${DRIVER_DIRECTORY}/parser.mjs`, 0o644, 'bundle/parser.mjs'),
+    ...(vmm ? [file(`${DRIVER_DIRECTORY}/parser.mjs`, 0o644, 'bundle/parser.mjs')] : []),
     ...below.map(({ place, path, mode }) => file(`${REMOTES}/${place}`, mode, path)),
     ...(givenConfig === null ? [] : configItems(givenConfig)),
   ];
@@ -112,10 +115,14 @@ function vmMadText(facts: FrontEndFacts): string {
   return `# In the place of the section VM_MAD "${older}", not beside it.\n${vmMadSection(facts.version, facts, older)}`;
 }
 
-export function templateItems(directory: string, facts: FrontEndFacts): readonly Item[] {
+export function templateItems(
+  directory: string,
+  facts: FrontEndFacts,
+  files: ReturnType<typeof templateFiles> = templateFiles(facts),
+): readonly Item[] {
   return [
     { kind: 'directory', path: directory, mode: 0o755, own: false },
-    ...templateFiles(facts).map(({ name, text }): Item => {
+    ...files.map(({ name, text }): Item => {
       return { kind: 'file', path: `${directory}/${name}`, mode: 0o644, source: { text }, keep: 'unless-ours' };
     }),
   ];

@@ -67,6 +67,7 @@ export function hostItems(
     // The engine's bundle before what starts it, so that a half-done installation starts nothing new.
     program('engine.mjs', 0o644),
     program('parser.mjs', 0o644),
+    program('vnm.mjs', 0o644),
     program('koffi.node', 0o644),
     program('netlink.node', 0o644),
     program('kvm-ib.mjs', 0o755),

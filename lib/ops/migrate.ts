@@ -10,17 +10,20 @@ import type { Ipv4 } from '../core/address.ts';
 import { KvmIbError, toKvmIbError } from '../core/errors.ts';
 import type { Mapping } from '../core/mapping.ts';
 import { domainName, ownerName } from '../core/mapping.ts';
-import { plan } from '../core/plan.ts';
+import type { Change } from '../core/plan.ts';
+import { isEmptyElements, plan } from '../core/plan.ts';
 import type { Holder, StateFile } from '../core/state.ts';
-import { isElsewhere, mappingsOf } from '../core/state.ts';
+import { CLAIM, isElsewhere, mappingsOf } from '../core/state.ts';
 import { printHardware } from '../link/arp.ts';
+import type { Flow } from '../link/ctnetlink.ts';
 import type { LinkAddress } from '../link/ports.ts';
 import { ARPHRD } from '../link/ports.ts';
 import type { ActionRequest, VmOwner } from './actions.ts';
 import { commit, release, undo, viewOf } from './actions.ts';
-import { apply, repeatLater } from './apply.ts';
+import type { Flush } from './apply.ts';
+import { apply, flushRequests, isFlush, repeatLater } from './apply.ts';
 import type { Host } from './host.ts';
-import { gatewaysOf } from './introduce.ts';
+import { gatewaysOf, introduce } from './introduce.ts';
 import { observeMappings } from './observe.ts';
 import type { Probing } from './probe.ts';
 import { createProbing } from './probe.ts';
@@ -85,7 +88,10 @@ async function linksOf(host: Host, mappings: readonly Mapping[]): Promise<readon
   return found;
 }
 
-/** On the source, when the guest runs on the destination: alias, pair and flows go, the file stays pending. */
+/**
+ * On the source, when the guest has stopped there for good or runs on the destination: alias, pair and flows go, the file
+ * stays pending.
+ */
 export function letGo(host: Host, owner: VmOwner, holder: Holder): Promise<SyncResult> {
   return host.withLock(`release ${ownerName(owner)}`, async () => {
     const file = pendingBy(host.store.read(owner), holder);
@@ -156,6 +162,8 @@ export interface Arrival {
   readonly expected: ReadonlyMap<Ipv4, Ipv4>;
   /** Empty: there is no source that still has them. */
   readonly links: readonly SourceLink[];
+  /** True: it may be started here, or come from another host, and nobody says which. */
+  readonly isUnannounced?: boolean;
 }
 
 /**
@@ -189,16 +197,24 @@ export async function expect(host: Host, arrival: Arrival): Promise<Expected> {
     // Left from a stay that no action ended.
     if (file !== undefined) await syncLocked(host, { owner, wish: [], action, holder });
     await ensureTable(host, mappings, []);
-    const { warnings } = await syncLocked(host, { owner, wish: mappings, action, holder, dryRun: true }, probing);
+    // One that comes from another host is answered for there until it has come.
+    const asked = arrival.isUnannounced ? { ...probing, refuse: () => undefined } : probing;
+    const wished = { owner, wish: mappings, action, holder, dryRun: true };
+    const { changes, warnings } = await syncLocked(host, wished, asked);
     const phase = { name: 'pending', action, holder, elsewhere: true } as const;
     host.store.write(stateFile(host, owner, phase, mappings));
-    return { ...nothingDone(owner, ...warnings), gateways };
+    const answered = mappings.flatMap((m) => probing.conflictOf(m.address) ?? []).at(0);
+    return { ...nothingDone(owner, ...warnings), planned: changes, gateways, answered };
   });
 }
 
 export interface Expected extends SyncResult {
+  /** What it takes to put the mappings into the kernel, as it is now. */
+  readonly planned: readonly Change[];
   /** The addresses of the bridges that the guest comes to. */
   readonly gateways: readonly LinkAddress[];
+  /** Another host answers for one of its addresses: that of an unannounced guest which it comes from, or a second owner. */
+  readonly answered: KvmIbError | undefined;
 }
 
 /** Networks are the same when they have the same name and give the guest the same address. */
@@ -250,6 +266,7 @@ async function refuseUnfitLinks(host: Host, { owner, mappings, links }: Arrival)
 
 function refuseUnderWay(host: Host, owner: VmOwner, holder: Holder, file: StateFile | undefined): void {
   if (!isPending(file) || pendingBy(file, holder) !== undefined || !host.processes.isAlive(file.phase.holder)) return;
+  if (file.phase.action === CLAIM) return;
   throw new KvmIbError('conflict', `Cannot migrate VM ${owner.vm}`, {
     why: `its ${file.phase.action} is under way on this host`,
     fix: 'wait until it has ended, then try again',
@@ -265,24 +282,117 @@ const NOT_ASKED: Probing = {
   spent: () => 0,
 };
 
-/** On the destination, when the guest runs here: pair, flows, alias, announcement. The file stays pending. */
-export async function takeOver(
+/**
+ * On the destination, when the guest runs here: with nothing looked up any more, since every millisecond is one of silence.
+ *
+ * A packet of the guest's that meets an old entry of the same connection, without translation or with that of another host, is
+ * given another port by the kernel, and its peer resets. So none passes before these are gone: on the source, which has
+ * let go by then, and here, where the guest's MAC comes last (a mapped address with another MAC is dropped).
+ *
+ * `complete` follows. The file stays pending, and `elsewhere` until then: whoever finds it so finds out from libvirt, and from
+ * the kernel what is there already.
+ */
+export interface CutOver {
+  /** Looks for connections of this host and its guests to the one that comes. Last when the source has let go: then no new one is made. */
+  refresh(): Promise<void>;
+  /** Tells the guest the bridge's hardware address: it runs already, and its packets are lost until it knows. */
+  greet(): Promise<void>;
+  run(): Promise<SyncResult>;
+}
+
+export function cutOver(host: Host, arrival: Arrival, { planned, gateways }: Expected): CutOver {
+  const { owner, action, holder } = arrival;
+  const pairs = planned.filter((change) => change.kind === 'change-pairs');
+  const aliases = planned.filter((change) => change.kind === 'add-alias' || change.kind === 'announce');
+  // Something has to go first, as what a VM left that has ended.
+  const isPlain = planned.every((change) => PLAIN.has(change.kind) && !isRemoving(change));
+  const foreign = flushRequests(host, planned.filter(isFlush));
+  let stale: readonly Flow[] = [];
+  return {
+    refresh: async () => {
+      stale = await host.conntrack.find(foreign);
+    },
+    greet: async () => {
+      await host.announcer.announce(gateways);
+    },
+    run: async () => {
+      if (!isPlain) return takeOver(host, arrival);
+      return host.withLock(`${action} ${ownerName(owner)}`, async () => {
+        if (!isElsewhere(pendingBy(host.store.read(owner), holder))) return nothingDone(owner);
+        await apply(host, pairs.map(withoutMacs));
+        const flushed = await host.conntrack.remove(stale);
+        const [{ warnings }] = await Promise.all([apply(host, aliases), apply(host, pairs.flatMap(macsAlone))]);
+        return { ...nothingDone(owner, ...warnings), changes: [...pairs, ...aliases], flushed };
+      });
+    },
+  };
+}
+
+type PairsChange = Extract<Change, { kind: 'change-pairs' }>;
+
+function withoutMacs(change: PairsChange): PairsChange {
+  return { ...change, add: { ...change.add, macs: [] } };
+}
+
+function macsAlone(change: PairsChange): readonly PairsChange[] {
+  const { macs } = change.add;
+  const none = { guestToIb: [], ibToGuest: [], macs: [], unbound: [] };
+  return macs.length === 0 ? [] : [{ ...change, remove: none, add: { ...none, macs }, comments: {} }];
+}
+
+const PLAIN = new Set<Change['kind']>([
+  'change-pairs',
+  'flush-foreign',
+  'set-mtu',
+  'set-hairpin',
+  'add-alias',
+  'announce',
+]);
+
+function isRemoving(change: Change): boolean {
+  return change.kind === 'change-pairs' && !isEmptyElements(change.remove);
+}
+
+/** After the cut-over: what it left out, and the file, which is pending then like that of any action. */
+export async function complete(host: Host, arrival: Arrival, { gateways, planned }: Expected): Promise<SyncResult> {
+  const result = await takeOver(host, arrival, planned.filter(isFlush));
+  await introduce(host, arrival.mappings, gateways);
+  return result;
+}
+
+function takeOver(
   host: Host,
   { owner, action, holder, mappings }: Arrival,
-  gateways: readonly LinkAddress[],
+  flushes: readonly Flush[] = [],
 ): Promise<SyncResult> {
-  // First: it runs already, and its packets are lost until it knows.
-  await host.announcer.announce(gateways);
   return host.withLock(`${action} ${ownerName(owner)}`, async () => {
     const file = pendingBy(host.store.read(owner), holder);
     if (file === undefined || !isElsewhere(file)) return nothingDone(owner);
+    await apply(host, flushes);
     return syncLocked(host, { owner, wish: mappings, action, holder, pending: true }, NOT_ASKED);
   });
 }
 
+/**
+ * On the destination, when an unannounced guest runs here.
+ * @throws KvmIbError `conflict` when it came from nowhere, and another host has its address all the same
+ */
+export async function refuseSecondOwner(host: Host, { owner }: Arrival, { answered }: Expected): Promise<void> {
+  if (answered !== undefined && (await host.domains.cameBy(owner.vm)) !== 'migration') throw answered;
+}
+
+/** On the destination: the guest runs here, and cannot have its addresses. */
+export function giveUp(host: Host, { owner, holder, action }: Arrival): Promise<SyncResult> {
+  return host.withLock(`${action} ${ownerName(owner)}`, async () => {
+    const own = pendingBy(host.store.read(owner), holder);
+    return own === undefined ? nothingDone(owner) : syncLocked(host, { owner, wish: [], action, holder });
+  });
+}
+
 /** On the destination, after the stock script succeeded. */
-export async function arrived(host: Host, arrival: Arrival, gateways: readonly LinkAddress[]): Promise<SyncResult> {
-  const taken = await takeOver(host, arrival, gateways);
+export async function arrived(host: Host, arrival: Arrival, { gateways }: Expected): Promise<SyncResult> {
+  const taken = await takeOver(host, arrival);
+  if (taken.changes.length > 0) await introduce(host, arrival.mappings, gateways);
   const done = await commit(host, arrival.owner, arrival.holder);
   return {
     ...done,

@@ -22,6 +22,8 @@ import { dirname, join, resolve } from 'node:path';
 import { afterEach, beforeEach, describe, expect, test } from 'vitest';
 import { CONFIG, copyBundles, domainOf, run, testVm, vmXmlOf } from '../support/driver.ts';
 import { requireOwnNetns } from '../support/netns.ts';
+import type { VnmVersion } from '../support/vnm.ts';
+import { networkCall, VNM_VERSIONS } from '../support/vnm.ts';
 
 requireOwnNetns();
 
@@ -252,7 +254,7 @@ describe('on a host, below another root', () => {
     cpSync(join(REPOSITORY, 'rulesets'), rules, { recursive: true });
     cpSync(join(REPOSITORY, 'drivers'), join(root, 'package/drivers'), { recursive: true });
     mkdirSync(bundles);
-    copyBundles(bundles, ['kvm-ib.mjs', 'engine.mjs', 'parser.mjs']);
+    copyBundles(bundles, ['kvm-ib.mjs', 'engine.mjs', 'parser.mjs', 'vnm.mjs']);
     writeFileSync(join(rules, 'sudoers.d/kvm-ib'), 'oneadmin ALL=(root NOPASSWD: ALL\n');
     mkdirSync(at('/target'));
     const install = (): ReturnType<typeof run> =>
@@ -428,6 +430,73 @@ describe('on a front-end, below another root', () => {
     expect(readFileSync(join(directory, 'ib-guests.net'), 'utf8')).toBe('NAME = "mine"\n');
   });
 
+  test('the network driver comes in place of the VMM driver, or beside one that is there, and goes without a trace', async () => {
+    const before = everything(root);
+    const vnm = `${remotes}/vnm/kvm-ib`;
+    const result = await report(['install', 'front-end', '--vnm']);
+    expect(existsSync(at(`${remotes}/vmm/kvm-ib`))).toBe(false);
+    for (const name of ['pre', 'post', 'clean', 'update_nic', 'update_sg', 'vnet_create', 'vnet_delete']) {
+      const { mode, uid } = lstatSync(at(`${vnm}/${name}`));
+      expect([name, mode & 0o7777, uid]).toEqual([name, 0o755, NOBODY]);
+    }
+    expect(statSync(at(`${vnm}/vnm.mjs`)).size).toBeGreaterThan(10_000);
+    const text = result.notes.map((note) => `${note.title}\n${note.text}`).join('\n');
+    expect(text).toMatch(/VN_MAD_CONF = \[\n +NAME += "kvm-ib",\n +BRIDGE_TYPE = "linux"\n\]/);
+    expect(text).toMatch(/^VN_MAD += "kvm-ib"$/m);
+    expect(text).not.toMatch(/VM_MAD = \[|onehost create/);
+    expect((await report(['install', 'front-end', '--vnm'])).changed).toBe(false);
+
+    put('/etc/one/oned.conf', 'VN_MAD_CONF = [ name = "kvm-ib", BRIDGE_TYPE = "linux" ]\n');
+    const registered = await report(['install', 'front-end', '--vnm']);
+    expect(registered.notes.map((note) => note.text).join('\n')).not.toMatch(/VN_MAD_CONF|restart/);
+    rmSync(at('/etc/one'), { recursive: true });
+
+    // A run without the option brings both up to date.
+    writeFileSync(at(`${vnm}/pre`), '#!/bin/sh\n');
+    expect(signOf(await report(['install', 'front-end']), `${vnm}/pre`)).toBe('~');
+    expect(existsSync(at(`${remotes}/vmm/kvm-ib/deploy`))).toBe(true);
+    expect(signOf(await report(['install', 'front-end', '--vnm']), `${remotes}/vmm/kvm-ib/deploy`)).toBe('=');
+    await report(['uninstall', 'front-end']);
+    expect(everything(root)).toEqual([...before]);
+  });
+
+  test('as hooks of another network driver, which keeps its name', async () => {
+    for (const name of ['dummy', 'bridge', 'nodeport']) put(`${remotes}/vnm/${name}/pre`, '#!/bin/sh\n', 0o755);
+    for (const path of ['', ...everything(at(`${remotes}/vnm`))])
+      chownSync(at(`${remotes}/vnm${path}`), NOBODY, NOBODY);
+    const directory = at('/templates');
+    const { notes } = await report(['install', 'front-end', '--hooks-of', 'bridge,dummy', '--templates', directory]);
+    for (const name of ['bridge', 'dummy']) {
+      for (const action of ['pre', 'post', 'clean']) {
+        const path = at(`${remotes}/vnm/${name}/${action}.d/kvm-ib`);
+        expect([path, lstatSync(path).isFile(), statSync(path).mode & 0o7777]).toEqual([path, true, 0o755]);
+      }
+    }
+    const text = notes.map((note) => `${note.title}\n${note.text}`).join('\n');
+    expect(text).not.toContain('VN_MAD_CONF');
+    expect(readdirSync(directory)).not.toContain('vn_mad.conf');
+    const network = readFileSync(join(directory, 'ib-guests.net'), 'utf8');
+    expect(network).toMatch(/^VN_MAD += "bridge"$/m);
+    expect(network).toMatch(/^CONF += "keep_empty_bridge=true"$/m);
+    const hook = await run([at(`${remotes}/vnm/bridge/pre.d/kvm-ib`)], { env: { ...ENV, KVM_IB_CONFIG: at('/none') } });
+    expect(hook).toMatchObject({ status: 0, stdout: '', stderr: '' });
+    for (const wrong of ['ovswitch', 'nodeport', 'kvm-ib', '', '../vmm', 'dummy,none']) {
+      const refused = await kvmIb(['install', 'front-end', '--root', root, '--hooks-of', wrong]);
+      expect([wrong, refused.status]).toEqual([wrong, 2]);
+    }
+    await report(['uninstall', 'front-end']);
+    expect(everything(at(`${remotes}/vnm`)).filter((path) => path.includes('kvm-ib'))).toEqual([]);
+    expect(existsSync(at(`${remotes}/vnm/bridge/pre`))).toBe(true);
+  });
+
+  test('another network driver of that name is not written over', async () => {
+    put(`${remotes}/vnm/kvm-ib/pre`, '#!/bin/sh\n', 0o755);
+    const refused = await kvmIb(['install', 'front-end', '--root', root, '--vnm']);
+    expect([refused.status, refused.stderr]).toEqual([4, expect.stringContaining(`mv ${remotes}/vnm/kvm-ib `)]);
+    await report(['install', 'front-end']);
+    expect(everything(at(`${remotes}/vnm`))).toEqual(['/kvm-ib', '/kvm-ib/pre']);
+  });
+
   test('a launcher from there finds its parser and the stock script', async () => {
     await report(['install', 'front-end']);
     put(`${remotes}/vmm/kvm/poll`, '#!/bin/sh\necho "stock $*"\n', 0o755);
@@ -473,7 +542,7 @@ describe('on a front-end, below another root', () => {
     rmSync(at(`${remotes}/vmm`), { recursive: true });
     const { notes } = await report(['install', 'front-end']);
     const text = notes.map((note) => `${note.title}\n${note.text}`).join('\n');
-    expect(text).toMatch(/VM_MAD "vmm_kvm_ib" in \/etc\/one\/oned.conf up to date[\s\S]*NAME +\S* *= "vmm_kvm_ib"/);
+    expect(text).toMatch(/VM_MAD "vmm_kvm_ib" in \/etc\/one\/oned.conf up to date[\s\S]*NAME += "vmm_kvm_ib"/);
     expect(text).toContain('onehost create HOST -i kvm -v vmm_kvm_ib');
     expect((await report(['install', 'front-end'])).changed).toBe(false);
   });
@@ -615,6 +684,15 @@ host other kvm 7
 host kvmib01 kvm-ib "$running"
 echo '</HOST_POOL>'
 `;
+  /** onevnet of a front-end with one virtual network of our driver, and one of another. */
+  const ONEVNET = `#!/bin/sh
+read -r leases < /run/leases || exit 255
+vnet() { echo "<VNET><ID>$1</ID><NAME>$2</NAME><VN_MAD><![CDATA[$3]]></VN_MAD><USED_LEASES>$4</USED_LEASES><TEMPLATE/></VNET>"; }
+echo '<VNET_POOL>'
+vnet 1 other dummy 7
+vnet 2 ib-guests kvm-ib "$leases"
+echo '</VNET_POOL>'
+`;
   /** nmcli where NetworkManager runs both links by profiles of its own. */
   const NMCLI = "#!/bin/sh\nprintf '%s\\n' ib0:connected virbr1:connected lo:unmanaged\n";
   const SCRIPT = `
@@ -634,6 +712,8 @@ echo 7.0.0 > /var/lib/one/remotes/VERSION
 printf '#!/bin/sh\\ncat > /dev/null\\necho %s\\n' one-42 > /var/lib/one/remotes/vmm/kvm/deploy
 cp /var/lib/one/remotes/vmm/kvm/deploy /var/lib/one/remotes/vmm/kvm/cancel
 chmod 755 /var/lib/one/remotes/vmm/kvm/*
+for action in pre post clean; do mkdir -p /var/lib/one/remotes/vnm/dummy/$action.d; done
+chown -R 9869:9869 /var/lib/one/remotes/vnm
 ip link add ib0 mtu 2044 type veth peer name fabric
 ip link add virbr1 type bridge
 for link in fabric ib0 virbr1; do ip link set $link up; done
@@ -692,14 +772,23 @@ rm -r /etc/NetworkManager /usr/bin/nmcli
 try refused kvm-ib uninstall host
 try still-there kvm-ib list
 try cut-off kvm-ib remove --vm 42
+try network-driver kvm-ib install front-end --hooks-of dummy
+network() { as /var/lib/one/remotes/vnm/"$1" < $given/network-vm; }
+try network-pre network dummy/pre.d/kvm-ib
+try network-alias ip -o -4 address show dev ib0
+try network-gone kvm-ib remove --vm 43
+install -m 0755 $given/onevnet /usr/bin/onevnet
+echo 2 > /run/leases
 install -m 0755 $given/onehost /usr/bin/onehost
 echo 1 > /run/running
 try busy kvm-ib uninstall front-end
 rm /run/running
 try silent kvm-ib uninstall front-end
 echo 0 > /run/running
+try leased kvm-ib uninstall front-end
+echo 0 > /run/leases
 try uninstall-front-end kvm-ib uninstall front-end
-rm /usr/bin/onehost
+rm /usr/bin/onehost /usr/bin/onevnet
 rm -f /run/systemctl
 try uninstall kvm-ib uninstall host --purge
 try told-again cat /run/systemctl
@@ -718,6 +807,10 @@ try tree-difference diff $given/tree-before $given/tree-after
     put('/script', SCRIPT);
     put('/systemctl', SYSTEMCTL);
     put('/onehost', ONEHOST);
+    put('/onevnet', ONEVNET);
+    const version = VNM_VERSIONS.at(-1) as VnmVersion;
+    const call = networkCall(version, 'pre', { vm: testVm(43, [3]), deployed: false, host: 'host' });
+    put('/network-vm', call.stdin ?? '');
     put('/nmcli', NMCLI);
     put('/kvm-ib.yaml', CONFIG);
     put('/domain.xml', `${domainOf(vm)}\n`);
@@ -782,6 +875,12 @@ try tree-difference diff $given/tree-before $given/tree-after
     expect(of('still-there')).toContain('192.168.10.202');
     expect(of('busy')).toMatch(/VMs run on hosts of this driver: kvmib01\n[\s\S]*status=4$/);
     expect(of('silent')).toMatch(/does not say which hosts use it[\s\S]*status=4$/);
+    // The network driver, by sudo too; its engine stays behind until the claim is gone.
+    done('network-driver');
+    expect(of('network-pre')).toBe('status=0');
+    expect(of('network-alias')).toMatch(/192\.168\.10\.203\/32 scope global ib0:43-0/);
+    done('network-gone');
+    expect(of('leased')).toMatch(/virtual networks with this driver have leases: ib-guests\n[\s\S]*status=4$/);
     for (const name of ['cut-off', 'uninstall-front-end', 'uninstall']) done(name);
     expect(of('told-again')).toBe('disable --now kvm-ib.timer kvm-ib-reconcile.service\ndaemon-reload\nstatus=0');
     expect(of('tables')).toBe('status=0');

@@ -86,6 +86,15 @@ describe('a migration', () => {
     expect(hosts.engines('h1').concat(hosts.engines('h2'))).toEqual([]);
   });
 
+  test('without data of the VM, as before OpenNebula 5.0: what it has goes, the command behind is run', async () => {
+    const streams = await connections();
+    await alive(streams);
+    expect(await hosts.migrateWithoutData().ended).toEqual({ status: 0, stdout: '0\nnext\n', stderr: '' });
+    expect(await owners()).toEqual([NOTHING, OWNS]);
+    await alive(streams);
+    await clean();
+  });
+
   test('there and back again', async () => {
     const streams = await connections();
     for (const [from, to] of [
@@ -356,6 +365,45 @@ describe('the driver killed on the source', () => {
     await until('the stock script has ended', () => hosts.domainState('h1') === undefined);
     await ok('h1', 'reconcile');
     await until('the destination has it', async () => JSON.stringify(await hosts.holds('h2')) === JSON.stringify(OWNS));
+    expect(await owners()).toEqual([NOTHING, OWNS]);
+    await alive(streams);
+    await clean();
+  });
+});
+
+describe('the network driver', () => {
+  const OK = { status: 0, stdout: '', stderr: '' };
+
+  test('alone: the destination takes over when the guest runs there, the source lets go behind it', async () => {
+    const streams = await connections();
+    expect(await hosts.network('h2', 'pre')).toEqual(OK);
+    expect(await owners()).toMatchObject([OWNS, { alias: false, pair: false, phase: 'pending' }]);
+    expect(await hosts.stockMigrate().ended).toMatchObject({ status: 0 });
+    await until('the destination has it', async () => (await hosts.holds('h2')).alias);
+    expect(await hosts.network('h1', 'clean')).toEqual(OK);
+    expect(await hosts.network('h2', 'post')).toEqual(OK);
+    expect(await owners()).toEqual([NOTHING, OWNS]);
+    await alive(streams);
+    await clean();
+  });
+
+  test('alone, and the migration fails on the way: the destination gives up by itself, the source never knew', async () => {
+    const streams = await connections();
+    hosts.behave(`comes; sleep 1; rm "$(domains $to)/one-${VM}"; exit 1`);
+    expect(await hosts.network('h2', 'pre')).toEqual(OK);
+    expect(await hosts.stockMigrate().ended).toMatchObject({ status: 1 });
+    await until('the destination gives up', async () => (await hosts.holds('h2')).phase === undefined);
+    expect(await owners()).toEqual([OWNS, NOTHING]);
+    await alive(streams);
+    await clean();
+  });
+
+  test('beside the VMM driver: its claim is taken over, and nothing is lost', async () => {
+    const streams = await connections();
+    expect(await hosts.network('h2', 'pre')).toEqual(OK);
+    expect(await hosts.migrate().ended).toEqual(OK);
+    expect(await hosts.network('h1', 'clean')).toEqual(OK);
+    expect(await hosts.network('h2', 'post')).toEqual(OK);
     expect(await owners()).toEqual([NOTHING, OWNS]);
     await alive(streams);
     await clean();

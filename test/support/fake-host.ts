@@ -15,6 +15,7 @@ import { ownerName } from '../../lib/core/mapping.ts';
 import type { DomainState, Holder, StateFile } from '../../lib/core/state.ts';
 import { mappingsOf } from '../../lib/core/state.ts';
 import { createStore } from '../../lib/host/store.ts';
+import type { Flow } from '../../lib/link/ctnetlink.ts';
 import type { BridgePort, FlushRequest, InetAddress, Link, OtherHolder } from '../../lib/link/ports.ts';
 import type { ElementReader } from '../../lib/nat/nft.ts';
 import { createNftEngine } from '../../lib/nat/nft.ts';
@@ -194,6 +195,19 @@ export function createFakeHost(config: Config, options: FakeHostOptions = {}): F
         kernel.flows = rest;
         return flushed;
       },
+      // What is found is only handed back.
+      find: async (requests) =>
+        kernel.flows.filter((flow) =>
+          requests.some((request) => concerns(request, flow)),
+        ) as unknown as readonly Flow[],
+      remove: async (flows) => {
+        log.push(`remove flows ${flows.length}`);
+        const gone = new Set<unknown>(flows);
+        const rest = kernel.flows.filter((flow) => !gone.has(flow));
+        const removed = kernel.flows.length - rest.length;
+        kernel.flows = rest;
+        return removed;
+      },
     },
     announcer: {
       announce: async (items) => {
@@ -227,6 +241,7 @@ export function createFakeHost(config: Config, options: FakeHostOptions = {}): F
         return stateOf(host, vm);
       },
       isMoving: async (vm) => host.moving.has(vm),
+      cameBy: async (vm) => (host.moving.has(vm) ? 'migration' : 'boot'),
       interfaces: async (vms) => interfacesOf(host, vms),
     },
     processes: { isAlive: (holder) => !dead.has(holder.pid), bootId: () => host.bootId },
@@ -454,7 +469,11 @@ export function withFaults(host: Host, n: number, mode: 'once' | 'on' = 'once'):
       setMtu: wrap('setMtu', links.setMtu),
       setHairpin: wrap('setHairpin', links.setHairpin),
     },
-    conntrack: { flush: wrap('conntrack.flush', conntrack.flush) },
+    conntrack: {
+      ...conntrack,
+      flush: wrap('conntrack.flush', conntrack.flush),
+      remove: wrap('conntrack.remove', conntrack.remove),
+    },
     store: {
       ...store,
       write: wrapSync('store.write', store.write),

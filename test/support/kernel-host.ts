@@ -153,6 +153,7 @@ export async function createRealHost(config: Config = CONFIG, directory = tempor
       active: async () => (host.active === undefined ? undefined : new Set([...host.active].map((vm) => `one-${vm}`))),
       state: async (vm) => stateOf(host, vm),
       isMoving: async (vm) => host.moving.has(vm),
+      cameBy: async (vm) => (host.moving.has(vm) ? 'migration' : 'boot'),
       interfaces: async (vms) => interfacesOf(host, vms),
     },
     processes: { isAlive: (holder) => !dead.has(holder.pid), bootId: () => BOOT },

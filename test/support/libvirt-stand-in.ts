@@ -15,6 +15,8 @@ export interface LibvirtStandIn {
   readonly folder: string;
   /** False: it does not answer. */
   answers(answers: boolean): void;
+  /** What `domstate --reason` says of every domain: `running (booted)`. */
+  reason(words: string): void;
   set(vm: number, macs: readonly string[]): void;
   remove(vm: number): void;
   /** Hardware addresses of the interfaces of each active domain. */
@@ -34,6 +36,7 @@ export function startLibvirtStandIn(folder: string): LibvirtStandIn {
 export function writeLibvirtStandIn(folder: string): Omit<LibvirtStandIn, 'stop'> & { readonly script: string } {
   const domains = join(folder, 'domains');
   const silent = join(folder, 'silent');
+  const reason = join(folder, 'reason');
   const script = join(folder, 'virsh');
   mkdirSync(domains, { recursive: true, mode: 0o777 });
   writeFileSync(
@@ -57,6 +60,7 @@ one() {
       while read -r mac; do echo " vnet0       bridge   virbr1   virtio   $mac"; done < "$2"
       echo
       ;;
+    domstate) [ -e "$3" ] && cat '${reason}' ;;
     *) return 1 ;;
   esac
 }
@@ -74,6 +78,7 @@ esac
     script,
     folder: domains,
     answers,
+    reason: (words) => writeFileSync(reason, `${words}\n`),
     set: (vm, macs) => writeFileSync(file(vm), macs.map((mac) => `${mac}\n`).join('')),
     remove: (vm) => rmSync(file(vm), { force: true }),
     domains: () =>
@@ -85,6 +90,7 @@ esac
       ),
     reset: () => {
       answers(true);
+      writeFileSync(reason, 'running (booted)\n');
       for (const name of existsSync(domains) ? readdirSync(domains) : []) rmSync(join(domains, name));
     },
   };

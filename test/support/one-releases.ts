@@ -96,6 +96,8 @@ export interface OneCall {
   /** Of deploy the domain XML, of all others the VM data; not sent where the release sends none. */
   readonly payload: string;
   readonly env: Readonly<Record<string, string>>;
+  /** Puts a program into another host; absent: it runs here. */
+  readonly inside?: (argv: [string, ...string[]]) => readonly string[];
 }
 
 export interface OneAnswer {
@@ -120,8 +122,9 @@ export async function callInStream(release: Release, call: OneCall, stream: Stre
   const payload = hasPayload ? `${call.payload}\nEOT\n` : '';
   const text = `(${here}); echo "ExitCode: $? EOF_ERR" 1>&2; echo "EOF_OUT"\n${payload}echo next\nexit\n`;
   // Node gives its children sockets; behind cat it is a pipe.
-  const argv = stream === 'socket' ? ['/bin/bash', '-s'] : ['/bin/sh', '-c', 'cat | /bin/bash -s'];
-  const { stdout, stderr } = await converse(argv, call.env, text);
+  const shell: [string, ...string[]] =
+    stream === 'socket' ? ['/bin/bash', '-s'] : ['/bin/sh', '-c', 'cat | /bin/bash -s'];
+  const { stdout, stderr } = await converse(call.inside?.(shell) ?? shell, call.env, text);
   const end = /^ExitCode: (\d*) EOF_ERR\n/m.exec(stderr);
   const at = stdout.indexOf('EOF_OUT\n');
   if (end === null || at === -1) throw new Error(`no end marks: ${JSON.stringify({ stdout, stderr })}`);
@@ -187,7 +190,7 @@ function converse(
     const timer = setTimeout(() => {
       child.kill('SIGKILL');
       reject(new Error(`no end: ${JSON.stringify({ stdout, stderr })}`));
-    }, 20_000);
+    }, 60_000);
     child.on('error', reject);
     child.on('close', (code) => {
       clearTimeout(timer);

@@ -12,6 +12,8 @@ import { copyBundles, writeScript } from './driver.ts';
 import type { Host, Lab } from './lab.ts';
 import { pairOf } from './lab.ts';
 import { actionData } from './vm/opennebula.ts';
+import type { VnmVersion } from './vnm.ts';
+import { installNetworkDriver, networkCall, VNM_VERSIONS } from './vnm.ts';
 
 const repository = fileURLToPath(new URL('../..', import.meta.url));
 export const VM = 42;
@@ -40,6 +42,12 @@ export interface TwoHosts {
     readonly to?: string;
     readonly env?: Readonly<Record<string, string>>;
   }): Running;
+  /** The stock script alone, as a site calls it that has only our network driver. */
+  stockMigrate(): Running;
+  /** The network driver on a host, as in a live migration from h1 to h2. */
+  network(host: Host, action: 'pre' | 'post' | 'clean'): Promise<Result>;
+  /** The same as OpenNebula before 5.0 calls it: by a command of a running shell, whose standard input is no data. */
+  migrateWithoutData(): Running;
   kvmIb(host: Host, ...args: readonly string[]): Promise<Result>;
   /** Shell text of the stock migrate: `$from`, `$to` are set; functions in `MOVES`. */
   behave(text: string): void;
@@ -64,7 +72,7 @@ const MOVES = (folder: string): string => `
 domains() { echo '${folder}'/$1/domains; }
 state() { f=$(domains $1)/one-${VM}; { echo "$2"; [ -e "$f" ] && sed 1d "$f" || sed 1d "$(domains $from)/one-${VM}"; } > "$f.new"; mv "$f.new" "$f"; }
 comes() { ip -n $to link add ${TAP} type veth peer name comes 2> /dev/null; state $to 'paused (starting up)'; sleep 0.1; state $to 'paused (migrating)'; }
-pauses() { state $from 'paused (migrating)'; }
+pauses() { state $from 'paused (migrating)'; echo "event 'lifecycle' for domain 'one-${VM}': Suspended Migrated" >> "$(domains $from)/../events"; sleep 0.1; }
 moves() {
   ip -n $to link delete ${TAP}
   ip -n $from link set ${TAP} netns $to
@@ -116,10 +124,11 @@ export async function createTwoHosts(lab: Lab, folder: string): Promise<TwoHosts
   }
   cpSync(join(repository, 'drivers/vmm/kvm-ib'), drivers, { recursive: true });
   copyBundles(drivers, ['parser.mjs', 'engine.mjs']);
+  installNetworkDriver(folder);
   copyBundles(folder, ['kvm-ib.mjs']);
   writeScript(
     join(stock, 'migrate'),
-    `#!/bin/sh\ncat > /dev/null\nto=$2 from=$3\n${MOVES(folder)}. '${folder}/behaviour'\n`,
+    `#!/bin/sh\n[ -n "$NO_DATA" ] || cat > /dev/null\nto=$2 from=$3\n${MOVES(folder)}. '${folder}/behaviour'\n`,
   );
   for (const host of ['h1', 'h2']) {
     writeFileSync(join(folder, host, 'kvm-ib.yaml'), CONFIG);
@@ -179,6 +188,18 @@ child.on('exit', (status) => setTimeout(() => process.exit(status ?? 255), 20));
         nics: [{ bridge: 'virbr1', mac: mac ?? '', ip: '192.168.122.11' }],
       };
       return start(argv, `${actionData(vm, from)}\n`);
+    },
+    stockMigrate: () => start(on('h1', [join(stock, 'migrate'), UUID, 'h2', 'h1', String(VM), 'h1']), ''),
+    network: (host, action) => {
+      const nics = [{ bridge: 'virbr1', mac: mac ?? '', ip: '192.168.122.11' }];
+      const vm = { id: VM, name: 'web-42', uuid: UUID, nics };
+      const version = VNM_VERSIONS.at(-1) as VnmVersion;
+      const { argv, stdin } = networkCall(version, action, { vm, deployed: true, host: 'h1', newest: 'h2' });
+      return start(on(host, [join(folder, 'vnm/kvm-ib', action), ...argv]), stdin ?? '').ended;
+    },
+    migrateWithoutData: () => {
+      const command = [join(drivers, 'migrate'), `one-${VM}`, 'h2', 'h1', String(VM), 'h1'].join(' ');
+      return start(on('h1', ['/bin/bash', '-s'], ['NO_DATA=1']), `(${command}); echo "$?"\necho next\n`);
     },
     kvmIb: (host, ...args) => start(on(host, [process.execPath, join(folder, 'kvm-ib.mjs'), ...args]), '').ended,
     behave: (text) => writeFileSync(join(folder, 'behaviour'), `${text}\n`),

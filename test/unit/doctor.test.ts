@@ -3,7 +3,7 @@ import { describe, expect, test } from 'vitest';
 import { renderDiagnosis } from '../../lib/cli/render.ts';
 import { KvmIbError } from '../../lib/core/errors.ts';
 import type { OneHost, OneNetwork } from '../../lib/opennebula/pools.ts';
-import { parseOneVersion, vmMadSection } from '../../lib/opennebula/registration.ts';
+import { parseOneVersion, vmMadSection, vnMadSection } from '../../lib/opennebula/registration.ts';
 import { worstOf } from '../../lib/ops/check.ts';
 import type { FrontEndDiagnosisFacts, HostDiagnosisFacts } from '../../lib/ops/doctor.ts';
 import { diagnoseFrontEnd, diagnoseHost, together } from '../../lib/ops/doctor.ts';
@@ -164,6 +164,21 @@ describe('a front-end', () => {
     expect(
       found({ ...on({ conf: 'keep_empty_bridge=false' }), networkDefaults: ':keep_empty_bridge: true\n' }),
     ).toHaveLength(1);
+  });
+
+  test('a site that has the network driver alone needs no section VM_MAD', () => {
+    const stock = 'VM_MAD = [ NAME = "kvm", ARGUMENTS = "-t 15 -r 0 kvm -p", TYPE = "kvm" ]\n';
+    const site = (more: string, hooksOf: readonly string[] = []): Partial<FrontEndDiagnosisFacts> => ({
+      onedConf: `${stock}${more}`,
+      hosts: [host('kvm01', 'kvm')],
+      networkDriver: { hooksOf, alone: true },
+    });
+    expect(found({ ...site(''), networkDriver: undefined })).toEqual([expect.stringContaining('no section VM_MAD')]);
+    expect(found(site(vnMadSection()))).toEqual([]);
+    expect(found(site(''))).toEqual([expect.stringMatching(/^warning: no section VN_MAD_CONF .* names kvm-ib/)]);
+    expect(found(site('', ['dummy']))).toEqual([]);
+    const { checks } = diagnoseFrontEnd({ ...HEALTHY, ...site('', ['dummy']) });
+    expect(checks.find(({ name }) => name === 'driver')?.seen).toBe('the network driver, as hook of dummy');
   });
 
   test('driver files that lack or differ are said', () => {

@@ -1,8 +1,9 @@
-/** The folder drivers/vmm/kvm-ib: a launcher for each action of the contract, none beside them, all of them plain sh. */
-import { execFileSync } from 'node:child_process';
+/** The folders drivers/vmm/kvm-ib and drivers/vnm/kvm-ib: a launcher for each action of the contract, none beside them, all plain sh. */
+import { execFileSync, spawnSync } from 'node:child_process';
 import {
   chmodSync,
   cpSync,
+  lstatSync,
   mkdirSync,
   mkdtempSync,
   readdirSync,
@@ -15,6 +16,7 @@ import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { afterAll, beforeAll, describe, expect, test } from 'vitest';
 import { ACTIONS, treatmentOf } from '../../lib/opennebula/contract.ts';
+import { NETWORK_ACTIONS } from '../../lib/opennebula/vnm.ts';
 
 const FOLDER = join(import.meta.dirname, '../../drivers/vmm/kvm-ib');
 const files = readdirSync(FOLDER);
@@ -74,5 +76,79 @@ describe.each(SHELLS)('run by %s', (shell) => {
     const env = { PATH: `/usr/bin:/bin:${join(process.execPath, '..')}` };
     const answer = execFileSync(shell, ['./poll', 'x'], { encoding: 'utf8', env, cwd: join(folder, 'vmm/kvm-ib') });
     expect(answer).toMatch(/^stock\|.*\/kvm\/poll\|x\n$/);
+  });
+});
+
+describe('the network driver', () => {
+  const VNM = join(import.meta.dirname, '../../drivers/vnm/kvm-ib');
+  const IDLE = ['update_sg', 'vnet_create', 'vnet_delete'];
+  const names = readdirSync(VNM).filter((name) => !name.includes('.'));
+
+  test('has the launchers that OpenNebula looks for, all alike, executable and no links', () => {
+    expect(names.sort()).toEqual([...NETWORK_ACTIONS, ...IDLE].sort());
+    for (const name of names) {
+      const path = join(VNM, name);
+      expect([name, lstatSync(path).isFile(), lstatSync(path).mode & 0o111]).toEqual([name, true, 0o111]);
+      expect(readFileSync(path, 'utf8')).toBe(readFileSync(join(VNM, 'pre'), 'utf8'));
+    }
+    expect(statSync(join(VNM, 'launch.sh')).mode & 0o111).toBe(0);
+  });
+
+  describe.each(SHELLS)('run by %s', (shell) => {
+    let folder: string;
+    const env = { PATH: `/usr/bin:/bin:${join(process.execPath, '..')}` };
+    const config = () => join(folder, 'kvm-ib.yaml');
+    beforeAll(() => {
+      folder = mkdtempSync(join(tmpdir(), 'kvm-ib-vnm-launchers-'));
+      cpSync(VNM, join(folder, 'vnm/kvm-ib'), { recursive: true });
+      writeFileSync(
+        join(folder, 'vnm/kvm-ib/vnm.mjs'),
+        'console.log([process.env.NODE_OPTIONS, ...process.argv.slice(2)].join("|"))',
+      );
+      for (const hooks of ['bridge/pre.d', 'bridge/post.d', 'dummy/clean.d']) {
+        mkdirSync(join(folder, 'vnm', hooks), { recursive: true });
+        // What rsync -L makes of a link into our folder.
+        cpSync(join(VNM, 'pre'), join(folder, 'vnm', hooks, 'kvm-ib'));
+      }
+      writeFileSync(join(folder, 'kvm-ib.yaml'), '');
+    });
+    afterAll(() => rmSync(folder, { recursive: true, force: true }));
+    const run = (path: string, args: readonly string[], more: object = {}) =>
+      spawnSync(shell, [join(folder, 'vnm', path), ...args], { encoding: 'utf8', env: { ...env, ...more }, cwd: '/' });
+
+    test.each(NETWORK_ACTIONS)('%s goes to the parser, with its arguments as they are', (action) => {
+      const args = ['a  b', '', '*', '$HOME', "'"];
+      const { stdout, stderr } = run(`kvm-ib/${action}`, args, { NODE_OPTIONS: '--nonsense' });
+      expect([stdout, stderr]).toEqual([`${['', action, ...args].join('|')}\n`, '']);
+    });
+
+    test.each(IDLE)('%s does nothing', (action) => {
+      expect(run(`kvm-ib/${action}`, ['x'])).toMatchObject({ status: 0, stdout: '', stderr: '' });
+    });
+
+    test.each([
+      ['bridge/pre.d', 'pre'],
+      ['bridge/post.d', 'post'],
+      ['dummy/clean.d', 'clean'],
+    ])('a hook in %s is %s', (hooks, action) => {
+      const { stdout } = run(`${hooks}/kvm-ib`, ['kvmib01'], { KVM_IB_CONFIG: config() });
+      expect(stdout).toBe(`|${action}|kvmib01\n`);
+    });
+
+    test('a hook does nothing on a host without kvm-ib; the driver says what is missing', () => {
+      const without = { KVM_IB_CONFIG: join(folder, 'none.yaml') };
+      expect(run('bridge/pre.d/kvm-ib', [], without)).toMatchObject({ status: 0, stdout: '', stderr: '' });
+      expect(run('kvm-ib/pre', [], without).stdout).toBe('|pre\n');
+    });
+
+    test('without the bundle all fail but clean, which must not keep a VM from ending', () => {
+      rmSync(join(folder, 'vnm/kvm-ib/vnm.mjs'));
+      const failed = run('kvm-ib/pre', []);
+      expect(failed).toMatchObject({ status: 6, stdout: '' });
+      expect(failed.stderr).toMatch(/^kvm-ib: Cannot run pre: vnm\.mjs is neither in [^\n]+\.\n$/);
+      const passed = run('dummy/clean.d/kvm-ib', [], { KVM_IB_CONFIG: config() });
+      expect(passed).toMatchObject({ status: 0, stdout: '' });
+      expect(passed.stderr).toMatch(/^ERROR: kvm-ib: Cannot run clean: [^\n]+\n$/);
+    });
   });
 });

@@ -34,6 +34,7 @@ describe('networkXml', () => {
   <name>kvm-ib-ib</name>
   <forward mode='open'/>
   <bridge name='virbr1' stp='off' delay='0'/>
+  <mac address='52:54:00:a8:7a:01'/>
   <mtu size='2044'/>
   <dns enable='no'/>
   <ip address='192.168.122.1' netmask='255.255.255.248'/>

@@ -80,11 +80,11 @@ describe('hosts', () => {
 
 test('virtual networks are read with driver, bridge and options', () => {
   const text = `<VNET_POOL><VNET><ID>7</ID><NAME>ib-guests</NAME><CLUSTERS><ID>0</ID></CLUSTERS><BRIDGE><![CDATA[virbr1]]></BRIDGE>
-<VN_MAD><![CDATA[bridge]]></VN_MAD><TEMPLATE><CONF><![CDATA[keep_empty_bridge=true]]></CONF></TEMPLATE></VNET>
+<VN_MAD><![CDATA[bridge]]></VN_MAD><USED_LEASES>3</USED_LEASES><TEMPLATE><CONF><![CDATA[keep_empty_bridge=true]]></CONF></TEMPLATE></VNET>
 <VNET><ID>8</ID><NAME>old</NAME><BRIDGE/><VN_MAD/><TEMPLATE/></VNET></VNET_POOL>`;
   expect(parseNetworkPool(text)).toEqual([
-    { id: 7, name: 'ib-guests', bridge: 'virbr1', driver: 'bridge', conf: 'keep_empty_bridge=true' },
-    { id: 8, name: 'old', bridge: null, driver: null, conf: null },
+    { id: 7, name: 'ib-guests', bridge: 'virbr1', driver: 'bridge', conf: 'keep_empty_bridge=true', usedLeases: 3 },
+    { id: 8, name: 'old', bridge: null, driver: null, conf: null, usedLeases: 0 },
   ]);
 });
 

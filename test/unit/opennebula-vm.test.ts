@@ -72,6 +72,7 @@ describe('parseActionData reads the shape of', () => {
       deployId: '6f0a1c1e-6c0e-4d0c-9a0e-5a3b3f1d2c42',
       name: `web "42" 'one'`,
       hostname: 'kvmib01',
+      datastore: 0,
       lcmState: 12,
       nics: [
         {
@@ -94,7 +95,9 @@ describe('parseActionData reads the shape of', () => {
   test('6.2: an external alias', () => {
     const { vm } = parseActionData(fixture('cancel-6.2'));
     expect(vm.name).toBe('web\n42');
-    expect(vm.aliases).toEqual([{ parentId: 0, nic: 2, aliasId: 0, ip: '10.148.0.50', external: true, attach: false }]);
+    expect(vm.aliases).toEqual([
+      { parentId: 0, nic: 2, aliasId: 0, ip: '10.148.0.50', external: true, attach: false, vnMad: 'dummy' },
+    ]);
   });
 
   test('6.10: the NIC that is being attached, and one without an address', () => {

@@ -2,11 +2,12 @@
  * A real guest, from the domain XML that OpenNebula writes to packets on the fabric and back to a clean host: libvirt,
  * QEMU (software emulation), the kvm-ib driver called as one_vmm_exec calls it.
  */
-import { existsSync, readdirSync, writeFileSync } from 'node:fs';
+import { existsSync, mkdirSync, readdirSync, writeFileSync } from 'node:fs';
 import { join } from 'node:path';
 import { fileURLToPath } from 'node:url';
 import { afterAll, afterEach, beforeAll, expect, test } from 'vitest';
 import { requireOwnNetns } from '../support/netns.ts';
+import { callInStream, domainFor, RELEASES } from '../support/one-releases.ts';
 import type { GuestImage } from '../support/vm/guest.ts';
 import { consoleOf, guestCommandLine, guestImage, guestReady } from '../support/vm/guest.ts';
 import type { VmLab } from '../support/vm/lab.ts';
@@ -18,6 +19,7 @@ import {
   domainXml,
   writeDeploymentFolder,
   writeRemotes,
+  writeScript,
 } from '../support/vm/opennebula.ts';
 
 requireOwnNetns();
@@ -58,14 +60,17 @@ function call(action: string, args: readonly string[], stdin: string): Promise<D
   return callAsOneVmmExec({ host: lab.host, script, args, stdin, vmId: VM.id, hostName: lab.host.name, env });
 }
 
-/** `kernel` overrides the guest's, to make libvirt refuse the domain. */
-async function deploy(kernel?: string): Promise<DriverAnswer> {
-  const xml = domainXml(VM, {
-    kernel: kernel ?? image.kernel,
+const domainOf = (kernel = image.kernel) =>
+  domainXml(VM, {
+    kernel,
     initramfs: image.initramfs,
     commandLine: guestCommandLine({ address: GUEST, prefixLength: 24, gateway: BRIDGE.address }),
     console: consolePath,
   });
+
+/** `kernel` overrides the guest's, to make libvirt refuse the domain. */
+async function deploy(kernel?: string): Promise<DriverAnswer> {
+  const xml = domainOf(kernel);
   const file = writeDeploymentFolder(lab.host.folder, VM, lab.host.name);
   return call('deploy', [file, lab.host.name], xml);
 }
@@ -212,5 +217,41 @@ test('reconcile keeps the mapping of a paused guest, and ends that of a guest th
   expect(JSON.parse(await kvmIb('list', '--json'))).toMatchObject([{ vm: 42, state: 'active' }]);
   await lab.libvirt.virsh('destroy', 'one-42');
   expect(JSON.parse(await kvmIb('reconcile', '--json'))).toMatchObject({ released: ['vm-42'], errors: [] });
+  await expectHostAsBefore();
+});
+
+/** What the stock scripts of 3.4 do, which read no standard input but that of deploy. */
+const STOCK_OF_3_4 = {
+  deploy: `cat > "$1"; virsh -c qemu:///system create "$1" | sed -n "s/^Domain '\\(.*\\)' created from .*/\\1/p"`,
+  save: 'touch "$2"; chmod 666 "$2"; virsh -c qemu:///system save "$1" "$2" > /dev/null',
+  restore: 'virsh -c qemu:///system restore "$1" > /dev/null',
+};
+
+test('OpenNebula 3.4: no vm.xml, no data: MAC and checkpoint tell the address, and the shell keeps its commands', async () => {
+  const [first] = RELEASES;
+  if (first?.name !== '3.4.4') throw new Error('the first release is another');
+  for (const [name, body] of Object.entries(STOCK_OF_3_4))
+    writeScript(join(drivers, 'kvm', name), `#!/bin/sh\n${body}\n`);
+  const { name: hostName } = lab.host;
+  const old = (action: string, args: readonly string[], payload = '') => {
+    const script = join(drivers, 'kvm-ib', action);
+    return callInStream(first, { script, args, vmId: VM.id, hostName, payload, env, inside: lab.host.inside });
+  };
+  const said = `INFO: kvm-ib: NIC 0 has ${GUEST} <-> ${ADDRESS} by its MAC 02:00:c0:a8:7a:02: this OpenNebula (before 6.0) tells no more of VM 42 here. IB_IP and external aliases need VN_MAD kvm-ib (docs/install.md)\n`;
+  const home = join(lab.host.folder, 'datastore-3.4');
+  mkdirSync(home);
+  const checkpoint = join(home, 'checkpoint');
+
+  const deployed = await old('deploy', [join(home, 'deployment.0'), hostName], domainFor(first, domainOf(), VM));
+  expect(deployed).toMatchObject({ code: 0, stdout: 'one-42\n', stderr: said, next: true });
+  await guestReady(consolePath);
+  expect((await lab.outside.echo(ADDRESS, 'hello')).body).toBe('hello');
+
+  expect(await old('save', ['one-42', checkpoint, hostName])).toMatchObject({ code: 0, stderr: '', next: true });
+  await expectHostAsBefore();
+  expect(await old('restore', [checkpoint, hostName])).toMatchObject({ code: 0, stderr: said, next: true });
+  expect((await lab.outside.echo(ADDRESS, 'again')).body).toBe('again');
+
+  expect(await old('cancel', ['one-42', hostName])).toMatchObject({ code: 0, stderr: '', next: true });
   await expectHostAsBefore();
 });

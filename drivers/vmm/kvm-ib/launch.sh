@@ -4,8 +4,8 @@
 # same name in ../kvm: argv, stdin, stdout, stderr and exit status are then its own. The rest goes to the parser, which
 # runs the stock script itself.
 #
-# Below OpenNebula 5.0 only deploy has a standard input, and reading it elsewhere would eat the ssh command stream; this
-# driver serves 6.0 and later.
+# Nothing here may read standard input: below OpenNebula 5.0 it is the ssh command stream for every action but deploy. The
+# parser finds out whether it is.
 
 dir=${0%/*}
 action=${0##*/}

@@ -16,6 +16,7 @@ import { runTool, tryTool, waitFor } from './process.ts';
 export const FABRIC = {
   /** Connected mode: 64 kB less the 4 bytes of the IPoIB header, rounded (RFC 4755). */
   mtu: 65520,
+  network: '192.168.10.0/24',
   host: '192.168.10.1',
   outside: '192.168.10.100',
 } as const;
@@ -23,7 +24,7 @@ export const FABRIC = {
 export const BRIDGE = { name: 'virbr1', address: '192.168.122.1' } as const;
 
 /** Where the guest's `init` gives back what it gets. */
-const ECHO_PORT = 7;
+export const ECHO_PORT = 7;
 const HOST_NETNS = 'kib-host';
 const OUTSIDE_NETNS = 'kib-outside';
 const PEER = join(dirname(fileURLToPath(import.meta.url)), 'peer.mjs');
@@ -37,6 +38,8 @@ export interface VmLab {
 
 /** What a client on the fabric can do. */
 export interface Outside {
+  /** The argv that runs `argv` there. */
+  readonly argv: (argv: readonly string[]) => [string, ...string[]];
   readonly run: (argv: readonly [string, ...string[]]) => Promise<ToolResult>;
   /** Sends bytes to the guest's echo. @returns what came back, and the address that the guest saw. */
   readonly echo: (address: string, body: string) => Promise<{ readonly seen: string; readonly body: string }>;
@@ -130,6 +133,7 @@ export function outsideClient(netns: string): Outside {
     return { seen, body: answer.stdout };
   };
   return {
+    argv: within,
     run: (argv) => tryTool(within(argv)),
     echo: (address, body) => post(address, '/cgi-bin/echo', body),
     shell: async (address, script) => {

@@ -33,6 +33,8 @@ export interface CallOptions {
   /** The driver's folder; `kvm-ib` by default. */
   readonly driver?: 'kvm-ib' | 'kvm';
   readonly timeout?: number;
+  /** Added to the environment of the session. */
+  readonly env?: Readonly<Record<string, string>>;
 }
 
 /** Calls an action on a host as one_vmm_exec does: by ssh as oneadmin, the agent forwarded. */
@@ -45,8 +47,9 @@ export function callOn(
   stdin: string,
   options: CallOptions = {},
 ): Promise<DriverAnswer> {
+  const env = Object.entries(options.env ?? {}).map(([name, value]) => `${name}=${value}`);
   return callAsOneVmmExec({
-    ssh: { argv: pair.frontEnd.ssh(host, 'bash', '-s'), env: pair.frontEnd.env },
+    ssh: { argv: pair.frontEnd.ssh(host, 'env', ...env, 'bash', '-s'), env: pair.frontEnd.env },
     host: pair.hosts[host],
     script: join(PAIR_DRIVERS, options.driver ?? 'kvm-ib', action),
     args,
@@ -72,6 +75,16 @@ export async function deployOn(pair: Pair, host: HostName, guest: PairGuest, ima
     throw new Error(`deploy of VM ${guest.vm.id} on ${host}: ${JSON.stringify(answer)}`);
   }
   await guestReady(consolePath(pair, guest));
+}
+
+/** Ends a guest for good. */
+export async function shutDown(pair: Pair, guest: PairGuest): Promise<void> {
+  for (const host of Object.values(pair.hosts)) {
+    if ((await holding(host, guest)).domain === undefined) continue;
+    const args = [guest.vm.uuid, host.name];
+    const answer = await callOn(pair, host.name, 'cancel', guest, args, actionData(guest.vm, host.name));
+    if (answer.code !== 0) throw new Error(`cancel of VM ${guest.vm.id} on ${host.name}: ${JSON.stringify(answer)}`);
+  }
 }
 
 export function homeOf(pair: Pair, { vm }: PairGuest): string {

@@ -1,6 +1,6 @@
 /**
  * The side of OpenNebula: the files that oned writes, the stock drivers' folder on a hypervisor, and the way in which
- * one_vmm_exec calls a driver script there (OpenNebula 6.0 to 7.x).
+ * one_vmm_exec calls a driver script there (OpenNebula 6.6 to 7.x; older forms are in test/support/one-releases.ts).
  */
 import { spawn } from 'node:child_process';
 import { chmodSync, cpSync, mkdirSync, symlinkSync, writeFileSync } from 'node:fs';
@@ -339,7 +339,9 @@ rm "$1" "$1.xml"
 `,
   // Shared storage, or disks that virsh copies: then the guest arrives paused, what virsh does not copy follows, and the
   // script has it resumed. Metadata of snapshots would make libvirt refuse. A failure is cleaned up on the destination.
+  // Within one host (since 7.2) only disks move.
   migrate: `DATA=$(cat)
+[ "$2" != "$3" ] || exit 0
 there="$QEMU_PROTOCOL://$2/system"
 for snapshot in $($VIRSH snapshot-list "$1" --name 2> /dev/null); do
   try "Failed to delete snapshot $snapshot from $1" $VIRSH snapshot-delete "$1" --snapshotname "$snapshot" --metadata

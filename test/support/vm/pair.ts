@@ -75,7 +75,7 @@ export const PAIR_DRIVERS = '/var/tmp/one/vmm';
 /** uid and gid of oneadmin, as OpenNebula's packages make it. */
 export const ONEADMIN = 9869;
 const HOME = '/var/lib/one';
-const SSHD_CONFIG = '/etc/ssh/kvm-ib-lab.conf';
+export const SSHD_CONFIG = '/etc/ssh/kvm-ib-lab.conf';
 
 const SWITCH = 'kib-switch';
 const OUTSIDE = 'kib-outside';

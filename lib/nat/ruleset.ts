@@ -223,6 +223,17 @@ function build(spec: TableSpec): RuleSet {
       );
     }
 
+    if (isolated.find((one) => one.device === network.device) === network) {
+      chain(`through_${name}`);
+      // Who asked for the address before its guest moved may still send to this host. Passed on, the packet would be tracked
+      // without translation, and the guest's connection would go on like that when it comes to this host.
+      for (const one of networks.filter(({ device }) => device === network.device)) {
+        const addresses = rangesOf(one.addresses);
+        if (addresses === undefined) continue;
+        rule(`through_${name}`, 'IB address of a guest that is not here', is(DADDR, addresses), ...DROP);
+      }
+    }
+
     chain(`to_host_${name}`);
     const others = distinct(networks.filter((other) => other.device !== network.device).flatMap(hostOf));
     if (others.length > 0) {
@@ -349,7 +360,7 @@ function toHost(bridge: string, networks: readonly ServedNetwork[]): string {
 }
 
 /**
- * One element for each pair of our links that a packet may come and go by. Not listed, so untouched: link to link,
+ * One element for each pair of our links that a packet may come and go by. Not listed, so untouched: one link to another,
  * which is the host's own routing, and networks without isolation among themselves. Networks share a link only while
  * the configuration of one was changed under running guests.
  */
@@ -369,6 +380,8 @@ function verdictsByLinks(networks: readonly ServedNetwork[]) {
     to(bridge, device, `to_fabric_${name}`);
     to(device, bridge, `to_guests_${name}`);
     to(bridge, bridge, `between_guests_${name}`);
+    // Of networks that share a device the first one comes first here as well.
+    to(device, device, `through_${name}`);
   }
   const others = networks.flatMap((one) =>
     networks.flatMap((other) => (one !== other && (one.isolate || other.isolate) ? [[one, other] as const] : [])),

@@ -224,6 +224,7 @@ describe('the table', () => {
         'to_fabric_ib',
         'to_guests_ib',
         'between_guests_ib',
+        'through_ib',
         'to_host_ib',
       ]);
       await nftText('delete chain ip kvm_ib output; add chain ip kvm_ib output { type nat hook output priority 7; }');

@@ -217,7 +217,8 @@ function unheard(
   failure: Error | undefined,
   on: string | undefined,
 ): KvmIbError {
-  const said = printable(complaint.trim().split('\n').at(-1) ?? '', 300);
+  // Ours ends it with a full stop.
+  const said = printable(complaint.trim().split('\n').at(-1) ?? '', 300).replace(/\.$/, '');
   if (on !== undefined) return unheardFrom(on, child, complaint, said);
   if (failure !== undefined) {
     return new KvmIbError('host-lacks', 'Cannot start the kvm-ib engine', {

@@ -55,6 +55,7 @@ const MODULES = [
   'nft_chain_nat',
   'nft_ct',
   'nft_nat',
+  'nft_fib_ipv4',
   'nf_conntrack_netlink',
 ] as const;
 

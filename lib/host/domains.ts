@@ -53,8 +53,11 @@ export function createDomains(exec: Exec): Domains {
     },
     // Seen of libvirt 9.0: "starting up" for as long as a domain is prepared, then "migrating"; on the source "migrating" from the
     // switch-over on.
-    isMoving: async (vm) =>
-      /^paused \((?:migrating|starting up)\)$/m.test((await ask('domstate', '--reason', domainName(vm))) ?? ''),
+    async isMoving(vm) {
+      const said = await ask('domstate', '--reason', domainName(vm));
+      // No answer: it may have gone in between. Whoever takes it to be here then, takes an address that another host has.
+      return said === undefined || /^paused \((?:migrating|starting up)\)$/m.test(said);
+    },
     async cameBy(vm) {
       const said = (await ask('domstate', '--reason', domainName(vm)))?.trim() ?? '';
       if (said === 'running (booted)') return 'boot';

@@ -49,7 +49,10 @@ export interface Domains {
   active(): Promise<ReadonlySet<string> | undefined>;
   /** One VM's domain, and the interfaces that it has. */
   state(vm: number): Promise<DomainState>;
-  /** Whether its domain is active, but has not begun to run here, or has stopped in order to run on another host. */
+  /**
+   * Whether a domain that is active has not begun to run here, or has stopped in order to run on another host. True as well where
+   * libvirt does not say.
+   */
   isMoving(vm: number): Promise<boolean>;
   /** How its domain came to run, or be about to run, on this host; `other` where libvirt says something else, or nothing. */
   cameBy(vm: number): Promise<'boot' | 'migration' | 'other'>;

@@ -202,7 +202,7 @@ test('libvirt that is silent while guests run: nothing is taken for a manual map
 });
 
 test('a pair without an alias gets one, unless another host has the address', async () => {
-  const host = await old({ addresses: ALIASES.slice(0, 2) });
+  const host = await old({ addresses: ALIASES.slice(0, 2), probeMs: 1000 });
   await lab.exec('out', ['/usr/sbin/ip', 'address', 'add', `${IB}.13/24`, 'dev', 'ib0']);
   const before = { nat: await host.nat(), addresses: await host.addresses() };
   const accept = `${ACCEPT},inbound/fabric@${IB}.13`;

@@ -43,7 +43,7 @@ async function owners(): Promise<readonly [unknown, unknown]> {
 
 async function until(what: string, holds: () => boolean | Promise<boolean>): Promise<void> {
   for (const end = Date.now() + 8_000; !(await holds()); ) {
-    if (Date.now() > end) throw new Error(`not in time: ${what}`);
+    if (Date.now() > end) throw new Error(`not in time: ${what}; ${JSON.stringify(await owners())}`);
     await new Promise((resolve) => setTimeout(resolve, 10));
   }
 }

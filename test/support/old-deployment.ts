@@ -63,6 +63,8 @@ export interface OldHostOptions {
   /** False: there is a libvirt that does not answer. */
   readonly libvirt?: boolean;
   readonly config?: unknown;
+  /** Milliseconds that an answer to a probe is waited for; 30 by default, since nobody answers in most tests. */
+  readonly probeMs?: number;
 }
 
 export async function createOldHost(lab: Lab, folder: string, options: OldHostOptions): Promise<OldHost> {
@@ -78,7 +80,8 @@ export async function createOldHost(lab: Lab, folder: string, options: OldHostOp
   writeFileSync(virsh, virshScript(options), { mode: 0o755 });
   const mounted = '/bin/mount --bind "$1" "$2" && shift 2 && exec "$@"';
   const fake = ['/usr/bin/unshare', '--mount', '/bin/sh', '-c', mounted, 'sh', virsh, '/usr/bin/virsh'] as const;
-  const env = [`KVM_IB_CONFIG=${folder}/kvm-ib.yaml`, `KVM_IB_STATE_DIR=${folder}/state`, 'KVM_IB_PROBE_MS=30'];
+  const probe = `KVM_IB_PROBE_MS=${options.probeMs ?? 30}`;
+  const env = [`KVM_IB_CONFIG=${folder}/kvm-ib.yaml`, `KVM_IB_STATE_DIR=${folder}/state`, probe];
   const argv = (args: readonly string[]) =>
     [...fake, '/usr/bin/env', ...env, process.execPath, COMMAND, ...args] as const;
   const text = async (program: string, ...args: readonly string[]): Promise<readonly string[]> =>

@@ -59,3 +59,17 @@ test('a thousand domains cost five calls', async () => {
   expect(asked).toHaveLength(5);
   expect(Math.max(...asked.map((line) => line.length))).toBeLessThan(16_384);
 });
+
+test.each([
+  ['paused (migrating)\n\n', true],
+  ['paused (starting up)\n\n', true],
+  // It went between two questions: nobody may take it to be here.
+  [undefined, true],
+  ['running (migrated)\n\n', false],
+  ['running (booted)\n\n', false],
+  ['paused (user)\n\n', false],
+])('of a domain that is %j, it is on its way: %s', async (said, moving) => {
+  const { domains, asked } = virsh(said);
+  expect(await domains.isMoving(42)).toBe(moving);
+  expect(asked).toEqual(['domstate --reason one-42']);
+});
